@@ -1,0 +1,64 @@
+# Each target sets up what it needs: a virtual environment in .venv with torch, the package and
+# its development tools. Another torch: make test TORCH=torch==2.10.0
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+TORCH_READY := $(VENV)/.torch-$(subst =,-,$(subst /,-,$(TORCH)))
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-seeds test lint types imports check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(READY)  ## make the environment and build the native extension
+
+demo: $(READY)  ## train, distil and evaluate on the grammar task, about 10 minutes on 2 cores
+	$(PY) -m dlmone_fast.train --preset grammar --output-dir runs/demo --resume never
+
+demo-seeds: $(READY)  ## the demo for the seeds 1, 2 and 3
+	for seed in 1 2 3; do \
+	  $(PY) -m dlmone_fast.train --preset grammar --seed $$seed \
+	    --output-dir runs/demo-seed-$$seed --resume never || exit $$?; \
+	done
+
+test: $(READY)  ## run the tests
+	$(PY) -m pytest tests -q
+
+lint: $(READY)  ## check style: ruff, clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+
+types: $(READY)  ## check types: mypy
+	$(VENV)/bin/mypy
+
+imports: $(READY)  ## check the layers: import-linter
+	$(VENV)/bin/lint-imports
+
+check: lint types imports  ## lint, types and imports
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info dlmone_fast/_C*.so dlmone_fast/_native_build.txt
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "dlmone_fast needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A CUDA build of torch brings the triton it was built for. A CPU build brings none: 3.7.1 is the
+# one that torch 2.13 was built for, and later versions drop interfaces that kernels use.
+$(TORCH_READY): | $(PY)
+	$(PY) -m pip install --disable-pip-version-check "$(TORCH)"
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(PY) -c 'import triton' 2>/dev/null || \
+	  $(PY) -m pip install --disable-pip-version-check triton==3.7.1
+	rm -f $(VENV)/.torch-* && touch $@
+
+$(READY): $(TORCH_READY) pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(PY) -m pip install --disable-pip-version-check -e ".[dev]"
+	touch $@

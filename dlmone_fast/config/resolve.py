@@ -1,0 +1,117 @@
+"""Preset < TOML file < flags, merged into one checked configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from dlmone_fast.config.presets import PRESETS
+from dlmone_fast.config.schema import Config, Section
+from dlmone_fast.errors import ConfigError
+
+
+def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: Any) -> Config:
+    """The configuration of a preset, changed by a TOML file, changed by keyword arguments.
+
+    Args:
+        preset: a name from `PRESETS`; empty: the file's `preset` key, else "grammar".
+        file: a TOML file with the sections and keys of `Config`; empty: none.
+        overrides: the same keys as nested mappings, e.g. `teacher={"steps": 100}`.
+
+    Raises:
+        ConfigError: an unknown preset, key or value; the message gives the key path.
+    """
+    values = load_toml(file) if file else {}
+    name = preset or values.get("preset", "grammar")
+    if name not in PRESETS:
+        raise ConfigError(_unknown("preset", str(name), list(PRESETS)))
+    merged = merge(to_dict(PRESETS[name]), values, overrides)
+    return from_dict({**merged, "preset": name})
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """A checked configuration from nested mappings; missing keys take the class's defaults."""
+    return _build(Config, values, "")
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """The configuration as nested dictionaries of plain values."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML text; `from_dict(tomllib.loads(...))` gives an equal object."""
+    import tomli_w
+
+    return tomli_w.dumps(to_dict(config))
+
+
+def load_toml(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The nested values of a TOML file, checked against the keys of `Config`."""
+    try:
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file}: is not UTF-8 text ({error.reason})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {file}: is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"--config {file}: is nested too deeply") from error
+    _check_keys(Config, values, "")
+    return values
+
+
+def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the last one on top."""
+    merged = dict(base)
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                merged[key] = merge(below, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def _sections(kind: type) -> dict[str, type]:
+    hints = get_type_hints(kind)
+    return {key: hint for key, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def _check_keys(kind: type, values: Mapping[str, Any], path: str) -> None:
+    names = [item.name for item in dataclasses.fields(kind)]
+    sections = _sections(kind)
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(_unknown(f"key {path}{key}", key, names, path))
+        if key in sections:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path}{key} must be a section of keys, got {value!r}")
+            _check_keys(sections[key], value, f"{path}{key}.")
+
+
+def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    _check_keys(kind, values, path)
+    sections = _sections(kind)
+    arguments = {
+        key: _build(sections[key], value, f"{path}{key}.") if key in sections else value
+        for key, value in values.items()
+    }
+    try:
+        return kind(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{error}") from None
+
+
+def _unknown(what: str, name: str, known: list[str], path: str = "") -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {path}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    shown = what if what.startswith("key") else f"{what} {name!r}"
+    return f"unknown {shown}; {hint}"

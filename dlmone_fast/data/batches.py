@@ -1,0 +1,152 @@
+"""Batches of laid-out ids, and their order as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dlmone_fast.data.cache import TokenCache
+from dlmone_fast.data.layouts import SEPARATORS, check_seq_len, layout_source, source_limit
+from dlmone_fast.errors import UsageError
+from dlmone_fast.kernels.noise import Stream, permutation
+from dlmone_fast.tokenizer import Tokenizer
+
+Rows = Sequence[int] | npt.NDArray[np.int64] | torch.Tensor
+IntArray = npt.NDArray[np.int64]
+
+
+def batch(
+    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, mask), int64 [B, seq_len], of `rows` laid out as `dlmone_fast.data.layout`.
+
+    Raise UsageError for a row outside the cache.
+    """
+    check_seq_len(seq_len)
+    index = _checked_rows(rows, len(cache))
+    src_start, src_length = _spans(cache.src_offsets, index)
+    trg_start, trg_length = _spans(cache.trg_offsets, index)
+    src_kept, trg_kept = _kept_lengths(src_length, trg_length, seq_len - SEPARATORS)
+
+    position = np.arange(seq_len)[None, :]
+    given = (src_kept + 2)[:, None]
+    end = given + trg_kept[:, None]
+    in_src = position < given - 2
+    in_trg = (position >= given) & (position < end)
+    ids = np.full((len(index), seq_len), tokenizer.pad_id, dtype=np.int64)
+    ids[(~in_src & (position < given)) | (position == end)] = tokenizer.sep_id
+    ids[in_src] = cache.src_ids[(src_start[:, None] + position)[in_src]]
+    ids[in_trg] = cache.trg_ids[(trg_start[:, None] + position - given)[in_trg]]
+    mask = (position >= given).astype(np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def source_batch(
+    sources: Sequence[Sequence[int]],
+    seq_len: int,
+    tokenizer: Tokenizer,
+    max_source_tokens: int | None = None,
+    on_overflow: Literal["error", "truncate"] = "error",
+) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """Lay out sources for generation: (ids, mask) int64 [B, seq_len] and which were truncated."""
+    limit = source_limit(seq_len, max_source_tokens)
+    pairs = [
+        layout_source(
+            ids,
+            seq_len,
+            limit,
+            on_overflow=on_overflow,
+            sep_id=tokenizer.sep_id,
+            pad_id=tokenizer.pad_id,
+            cls_id=tokenizer.cls_id,
+        )
+        for ids in sources
+    ]
+    ids = torch.tensor([ids for ids, _ in pairs], dtype=torch.int64).reshape(-1, seq_len)
+    mask = torch.tensor([mask for _, mask in pairs], dtype=torch.int64).reshape(-1, seq_len)
+    return ids, mask, [len(source) > limit for source in sources]
+
+
+def epoch_order(
+    seed: int, epoch: int, rows: int, stream: Stream = Stream.DATA_ORDER
+) -> torch.Tensor:
+    """Return the order of the rows in one epoch, int64 [rows], a pure function of its arguments."""
+    return permutation(seed, stream, epoch, rows)
+
+
+class BatchStream:
+    """Training batches without end: epoch after epoch, each row once an epoch.
+
+    Batch `step` holds places step·B … step·B + B - 1 of the endless sequence of epochs, so a
+    batch may span two of them and no row is lost; training resumes anywhere without a state.
+    Two streams with different `stream` are independent draws.
+    """
+
+    def __init__(
+        self, cache: Sized, seed: int, batch_size: int, stream: Stream = Stream.DATA_ORDER
+    ) -> None:
+        self.rows = len(cache)
+        if self.rows < 1:
+            raise UsageError("cache: expected at least one row, got none")
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**24:
+            raise UsageError(f"batch_size: expected 1 to {2**24}, got {batch_size!r}")
+        self.seed = seed
+        self.batch_size = batch_size
+        self.stream = stream
+        self._cached_order: tuple[int, IntArray] | None = None
+
+    def batch_rows(self, step: int) -> IntArray:
+        """Return the row indices of global batch `step` (from 0), int64 [batch_size]."""
+        if not 0 <= step < 2**48:
+            raise UsageError(f"step: expected 0 to {2**48 - 1}, got {step}")
+        place, left, parts = step * self.batch_size, self.batch_size, []
+        while left:
+            epoch, start = divmod(place, self.rows)
+            part = self._order(epoch)[start : start + left]
+            parts.append(part)
+            place, left = place + len(part), left - len(part)
+        return np.concatenate(parts)
+
+    def _order(self, epoch: int) -> IntArray:
+        if self._cached_order is None or self._cached_order[0] != epoch:
+            order = epoch_order(self.seed, epoch, self.rows, self.stream)
+            self._cached_order = (epoch, order.numpy())
+        return self._cached_order[1]
+
+
+def batches_in_order(rows: int, batch_size: int) -> Iterator[IntArray]:
+    """Yield row indices 0 … rows - 1 in order, the last batch ragged (evaluation)."""
+    if batch_size < 1:
+        raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
+    for start in range(0, rows, batch_size):
+        yield np.arange(start, min(start + batch_size, rows), dtype=np.int64)
+
+
+def _checked_rows(rows: Rows, count: int) -> IntArray:
+    index = np.asarray(rows)
+    if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
+        raise UsageError(f"rows: expected a non-empty list of row numbers, got {rows!r:.60}")
+    if index.min() < 0 or index.max() >= count:
+        raise UsageError(f"rows: expected 0 to {count - 1}, got {index.min()} to {index.max()}")
+    return index.astype(np.int64)
+
+
+def _spans(offsets: IntArray, index: IntArray) -> tuple[IntArray, IntArray]:
+    """Return each row's first place and its length without the final [SEP]."""
+    start = np.asarray(offsets[index])
+    return start, np.asarray(offsets[index + 1]) - start - 1
+
+
+def _kept_lengths(src: IntArray, trg: IntArray, room: int) -> tuple[IntArray, IntArray]:
+    """`layouts.kept_lengths` for arrays: the same rule, element by element."""
+    shorter = np.minimum(src, trg)
+    longer_kept = np.where(2 * shorter > room, room // 2, room - shorter)
+    both = np.where(2 * shorter > room, room // 2, shorter)
+    fits = src + trg <= room
+    src_kept = np.where(fits, src, np.where(src > trg, longer_kept, both))
+    trg_kept = np.where(fits, trg, np.where(trg > src, longer_kept, both))
+    return src_kept, trg_kept

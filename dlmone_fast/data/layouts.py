@@ -1,0 +1,128 @@
+"""DiffuSeq's sequence layout (arXiv 2210.08933, `text_datasets.py` of its code).
+
+    ids   [CLS] source [SEP] [SEP] [CLS] target [SEP] [PAD] …
+    mask    0     0      0     0     1     1      1     1   …
+
+The mask is 0 on what is given and 1 on what is generated, the padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from dlmone_fast.errors import PromptError, UsageError
+
+BERT_PAD_ID = 0
+BERT_CLS_ID = 101
+BERT_SEP_ID = 102
+
+# [SEP] of the source, the second [SEP] and [SEP] of the target are always kept.
+SEPARATORS = 3
+# … and so that one id, [CLS], is left of each side:
+MIN_SEQ_LEN = SEPARATORS + 2
+MAX_SEQ_LEN = 65_536
+
+
+def layout(
+    src_ids: Sequence[int],
+    trg_ids: Sequence[int],
+    seq_len: int,
+    *,
+    sep_id: int = BERT_SEP_ID,
+    pad_id: int = BERT_PAD_ID,
+    cls_id: int = BERT_CLS_ID,
+) -> tuple[list[int], list[int]]:
+    """Lay out one pair as DiffuSeq does; return (input_ids, input_mask), each `seq_len` ints.
+
+    Each side comes with its own [CLS] and [SEP]. A pair that is too long loses the last token
+    before [SEP] of the longer side, again and again (of both sides where they are equally
+    long). Raise UsageError for a side without its [CLS] and [SEP] or a `seq_len` below 5.
+    """
+    check_seq_len(seq_len)
+    _check_side("src_ids", src_ids, cls_id, sep_id)
+    _check_side("trg_ids", trg_ids, cls_id, sep_id)
+    room = seq_len - SEPARATORS
+    src_kept, trg_kept = kept_lengths(len(src_ids) - 1, len(trg_ids) - 1, room)
+    ids = [*src_ids[:src_kept], sep_id, sep_id, *trg_ids[:trg_kept], sep_id]
+    given = src_kept + 2
+    return (
+        ids + [pad_id] * (seq_len - len(ids)),
+        [0] * given + [1] * (seq_len - given),
+    )
+
+
+def layout_source(
+    src_ids: Sequence[int],
+    seq_len: int,
+    max_source_tokens: int | None = None,
+    *,
+    on_overflow: Literal["error", "truncate"] = "error",
+    sep_id: int = BERT_SEP_ID,
+    pad_id: int = BERT_PAD_ID,
+    cls_id: int = BERT_CLS_ID,
+) -> tuple[list[int], list[int]]:
+    """Lay out a source alone, for generation; every position behind it is target (mask 1).
+
+    `max_source_tokens` (default seq_len // 2) counts the source's ids with [CLS] and [SEP]; the
+    second [SEP] comes on top. A longer source raises PromptError, or loses its last tokens
+    before [SEP] with `on_overflow="truncate"`.
+    """
+    limit = source_limit(seq_len, max_source_tokens)
+    if on_overflow not in ("error", "truncate"):
+        raise UsageError(f"on_overflow: expected 'error' or 'truncate', got {on_overflow!r}")
+    _check_side("src_ids", src_ids, cls_id, sep_id)
+    if len(src_ids) > limit and on_overflow == "error":
+        raise PromptError(
+            f"source: {len(src_ids)} tokens with [CLS] and [SEP], the limit is {limit}; shorten "
+            "it or pass on_overflow='truncate'"
+        )
+    ids = [*src_ids[: min(len(src_ids), limit) - 1], sep_id, sep_id]
+    behind = seq_len - len(ids)
+    return ids + [pad_id] * behind, [0] * len(ids) + [1] * behind
+
+
+def source_limit(seq_len: int, max_source_tokens: int | None) -> int:
+    """Return the largest source, checked to leave at least [CLS] and [SEP] for the target."""
+    check_seq_len(seq_len)
+    largest = seq_len - SEPARATORS
+    if max_source_tokens is None:
+        return min(seq_len // 2, largest)
+    if not isinstance(max_source_tokens, int) or not 2 <= max_source_tokens <= largest:
+        raise UsageError(
+            f"max_source_tokens: expected 2 to {largest} (seq_len {seq_len} less room for a "
+            f"target), got {max_source_tokens!r}"
+        )
+    return max_source_tokens
+
+
+def kept_lengths(src: int, trg: int, room: int) -> tuple[int, int]:
+    """Return how many ids of each side stay, in closed form (lengths without the final [SEP]).
+
+    Popping from the longer side until both fit ends either above the shorter side's length,
+    which is then untouched, or with both sides equally long.
+    """
+    if src + trg <= room:
+        return src, trg
+    shorter = min(src, trg)
+    if 2 * shorter > room:
+        return room // 2, room // 2
+    return (shorter, room - shorter) if src < trg else (room - shorter, shorter)
+
+
+def check_seq_len(seq_len: int) -> None:
+    """Raise UsageError for a sequence length that no pair can be laid out in."""
+    if not isinstance(seq_len, int) or not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
+        raise UsageError(
+            f"seq_len: expected {MIN_SEQ_LEN} to {MAX_SEQ_LEN} (three [SEP] and two [CLS] are "
+            f"always there), got {seq_len!r}"
+        )
+
+
+def _check_side(name: str, ids: Sequence[int], cls_id: int, sep_id: int) -> None:
+    if len(ids) < 2 or ids[0] != cls_id or ids[-1] != sep_id:
+        ends = f"{ids[0]} … {ids[-1]}" if len(ids) else "nothing"
+        raise UsageError(
+            f"{name}: expected ids from [CLS] ({cls_id}) to [SEP] ({sep_id}), got {ends}; pass "
+            "what Tokenizer.encode gives, and the tokenizer's own cls_id and sep_id"
+        )

@@ -1,0 +1,1 @@
+"""Scores of generated text, their intervals, and the reports that show them."""

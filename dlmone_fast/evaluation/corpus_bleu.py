@@ -1,0 +1,56 @@
+"""sacreBLEU's corpus BLEU (0 to 100) through per-sentence statistics that can be resampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dlmone_fast.evaluation.bleu import MAX_ORDER
+
+if TYPE_CHECKING:
+    from dlmone_fast.evaluation.bootstrap import Floats
+
+# Matches and totals of each order, hypothesis length, reference length.
+STATISTICS = 2 * MAX_ORDER + 2
+
+
+def corpus_bleu_statistics(hypotheses: Sequence[str], references: Sequence[str]) -> Floats:
+    """Sufficient statistics [n, 10] of n sentence pairs under sacreBLEU's default tokens (13a)."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    # Only the counts are read, so the sentence-level score's own settings do not matter.
+    metric = BLEU(effective_order=True)
+    rows = np.empty((len(hypotheses), STATISTICS))
+    for index, (hypothesis, reference) in enumerate(zip(hypotheses, references, strict=True)):
+        score = metric.sentence_score(hypothesis, [reference])
+        rows[index] = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+    return rows
+
+
+def corpus_bleu_of_sums(sums: Floats) -> Floats:
+    """Corpus BLEU [m] of summed statistics [m, 10]."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    scores = [
+        BLEU.compute_bleu(
+            correct=row[:MAX_ORDER],
+            total=row[MAX_ORDER : 2 * MAX_ORDER],
+            sys_len=row[-2],
+            ref_len=row[-1],
+            smooth_method="exp",
+        ).score
+        for row in np.rint(sums).astype(np.int64).tolist()
+    ]
+    return np.asarray(scores, dtype=np.float64)
+
+
+def corpus_bleu_signature() -> str:
+    """sacreBLEU's own description of the score, to be printed beside it."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU()
+    # The signature names the number of references, which is known only after a score.
+    metric.corpus_score(["one"], [["one"]])
+    return str(metric.get_signature())

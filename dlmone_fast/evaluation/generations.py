@@ -1,0 +1,168 @@
+"""DiffuSeq's generation files: one jsonl a seed, with `recover`, `reference` and `source`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.files import write_atomically
+
+KEYS = ("source", "reference", "recover")
+# Far above any sentence pair: a file of another kind is refused, not loaded.
+MAX_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class GenerationSet:
+    """Cleaned texts: n `sources` and `references`, and `candidates` [files][n]."""
+
+    sources: list[str]
+    references: list[str]
+    candidates: list[list[str]]
+
+
+def clean_text(text: str, *, drop_padding: bool = False) -> str:
+    """DiffuSeq's clean-up: strip, then remove every [CLS] and [SEP] (and [PAD]).
+
+    Spaces that stood beside a removed mark stay, and the average length counts them, as there.
+    """
+    text = text.strip().replace("[CLS]", "").replace("[SEP]", "")
+    return text.replace("[PAD]", "") if drop_padding else text
+
+
+def read_generations(paths: Sequence[str | os.PathLike[str]]) -> GenerationSet:
+    """Read one or more generation files (.jsonl or .jsonl.gz) of the same rows, one a seed.
+
+    Row i of every file must have the same source and reference. Pairs that occur twice within
+    the data are kept, since published test sets have some. Raises `DataError` with file, line
+    and reason for anything else than well-formed, corresponding, non-empty files.
+    """
+    if not paths:
+        raise UsageError("generations: expected at least 1 file, got 0.")
+    files = [Path(path) for path in paths]
+    _refuse_repeated_files(files)
+    first: list[tuple[str, str]] = []
+    candidates = []
+    for file in files:
+        rows = list(_read_rows(file))
+        pairs = [(source, reference) for source, reference, _ in rows]
+        if not pairs:
+            raise DataError(
+                f"{file}: expected generations, got an empty file; generate them again."
+            )
+        if first:
+            _check_same_rows(files[0], first, file, pairs)
+        first = first or pairs
+        candidates.append([text for _, _, text in rows])
+    return GenerationSet([pair[0] for pair in first], [pair[1] for pair in first], candidates)
+
+
+def _refuse_repeated_files(files: Sequence[Path]) -> None:
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise DataError(
+                f"{file}: given twice, which would count one candidate as two; name each file once."
+            )
+        seen.add(file.resolve())
+
+
+def _read_rows(file: Path) -> Iterator[tuple[str, str, str]]:
+    opener: Any = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rb") as stream:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                yield _parse(line, f"{file}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{file}: cannot be read ({reason}); check the path.") from error
+
+
+def _parse(line: bytes, place: str) -> tuple[str, str, str]:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{place}: longer than {MAX_LINE_BYTES} bytes; expected one pair a line.")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = "empty line" if not line.strip() else str(error)
+        raise DataError(f"{place}: expected one JSON object in UTF-8: {reason}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}.")
+    texts = []
+    for key in KEYS:
+        if not isinstance(row.get(key), str):
+            found = f"got {type(row[key]).__name__}" if key in row else "it is missing"
+            raise DataError(f"{place}: key {key!r}: expected a string, {found}.")
+        texts.append(clean_text(row[key], drop_padding=key == "recover"))
+        if not _is_unicode(texts[-1]):
+            raise DataError(f"{place}: key {key!r}: holds a lone surrogate, which is not text.")
+    return texts[0], texts[1], texts[2]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_same_rows(
+    first_file: Path, first: list[tuple[str, str]], file: Path, pairs: list[tuple[str, str]]
+) -> None:
+    """Refuse a file whose rows are not those of the first, naming the first line that differs."""
+    for number, (expected, found) in enumerate(zip(first, pairs, strict=False), start=1):
+        if expected == found:
+            continue
+        key = "source" if expected[0] != found[0] else "reference"
+        also = ""
+        if found in pairs[: number - 1]:
+            also = f" (it repeats line {pairs.index(found) + 1})"
+        raise DataError(
+            f"{file}, line {number}: its {key} is not that of {first_file}, line {number}{also}; "
+            "files of one evaluation must hold the same rows in the same order."
+        )
+    if len(first) != len(pairs):
+        raise DataError(
+            f"{file}, line {min(len(first), len(pairs)) + 1}: expected {len(first)} rows as in "
+            f"{first_file}, got {len(pairs)}; files of one evaluation must hold the same rows."
+        )
+
+
+def write_generations(
+    path: str | os.PathLike[str],
+    sources: Sequence[str],
+    references: Sequence[str],
+    recovered: Sequence[str],
+) -> None:
+    """Write one generation file that `read_generations` and DiffuSeq's evaluation read.
+
+    The file appears whole or not at all; an existing one is replaced.
+    """
+    lines = [
+        json.dumps({"recover": text, "reference": reference, "source": source})
+        for source, reference, text in zip(sources, references, recovered, strict=True)
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all; `DataError` says why it cannot be."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, [text.encode("utf-8")])
+    except OSError as error:
+        raise DataError(
+            f"{target}: cannot be written ({error.strerror}); what was there is unchanged. "
+            "Free space or name another place."
+        ) from error

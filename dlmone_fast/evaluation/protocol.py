@@ -1,0 +1,47 @@
+"""What evaluation asks of a model, so that it depends on no particular runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class CandidateBatch:
+    """Candidates of n texts: `texts` and `token_ids` are [n][candidates].
+
+    `truncated` [n] says whether a source was cut; `seconds` is wall time.
+    """
+
+    texts: list[list[str]]
+    token_ids: list[list[list[int]]]
+    truncated: list[bool]
+    seconds: float
+
+
+class CandidateModel(Protocol):
+    """A model that generates candidates for texts."""
+
+    def generate_candidates(
+        self,
+        texts: Sequence[str],
+        *,
+        num_candidates: int,
+        steps: int | None,
+        seeds: Sequence[int],
+        batch_size: int,
+        sampler: str | None,
+        on_overflow: str,
+        progress: bool | None,
+    ) -> CandidateBatch:
+        """Generate `num_candidates` texts for each of `texts`, with one seed a text.
+
+        None for `steps` and `sampler` means the model's default; for `progress`, a bar on a
+        terminal.
+        """
+        ...
+
+    def normalize_text(self, text: str) -> str:
+        """Encode and decode without special tokens: the text as the model itself would write it."""
+        ...

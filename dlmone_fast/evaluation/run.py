@@ -1,0 +1,214 @@
+"""Evaluating a model, or files of generations, against a test split."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dlmone_fast.data.rows import Row, load_rows
+from dlmone_fast.errors import UsageError
+from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
+from dlmone_fast.evaluation.generations import read_generations, write_generations
+from dlmone_fast.evaluation.protocol import CandidateBatch, CandidateModel
+from dlmone_fast.evaluation.scores import score_generations
+
+# (sources, candidates of each source) -> the entry `exact` of the result.
+ExactMetrics = Callable[[list[str], list[list[str]]], dict[str, Any]]
+
+MAX_CANDIDATES = 1024
+MAX_BATCH_SIZE = 65_536
+MAX_SEED = 2**64 - 1
+
+
+def evaluate_model(
+    model: CandidateModel,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    rows: Sequence[Row] | None = None,
+    split: str = "test",
+    num_candidates: int = 1,
+    mbr: bool = False,
+    steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_rows: int = 0,
+    bootstrap: int = DEFAULT_RESAMPLES,
+    bertscore_model: str | None = None,
+    bertscore_layer: int | None = None,
+    on_overflow: str = "truncate",
+    exact: ExactMetrics | None = None,
+    generations_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Generate for the rows of a split (or the given `rows`) and score the texts.
+
+    Sources and references are scored as the model's tokenizer writes them
+    (`model.normalize_text`), as DiffuSeq compares decoded word pieces and not raw text; without
+    it, casing and spacing that the vocabulary cannot express would count as errors.
+
+    Args:
+        model: a loaded model (`dlmone_fast.load`); see `CandidateModel` for what is asked of it.
+        data_dir, split: folder and split to read; or `rows` instead of both.
+        num_candidates: texts per source; sentence scores are means over them.
+        mbr: also score the candidate of each source that agrees most with the others.
+        steps, sampler: passed to the model; None: its defaults.
+        max_rows: use the first rows only; 0: all.
+        bootstrap: resamples of the 95 % intervals; 0: none.
+        seed: of the texts (each row has its own noise, see `row_seeds`) and of the bootstrap.
+        exact: task metrics that get the sources and each source's candidates; what they return
+            becomes the entry `exact`.
+        generations_dir: also write one file per candidate there, in DiffuSeq's format.
+
+    Returns:
+        The dictionary of `score_generations`, with `baselines` (`copy` and `reference`: the same
+        scores of the source and of the reference as output) and `run` (settings, row count,
+        truncated sources, seconds).
+
+    Raises:
+        UsageError: an argument out of range; DataError: rows that cannot be read.
+    """
+    if not hasattr(model, "generate_candidates"):
+        raise UsageError(
+            f"model: expected a loaded model, got {type(model).__name__}; "
+            "load the folder first: evaluate_model(dlmone_fast.load(path), ...)."
+        )
+    _check_range("num_candidates", num_candidates, 1, MAX_CANDIDATES)
+    _check_range("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+    _check_range("max_rows", max_rows, 0, MAX_SEED)
+    check_resamples(bootstrap)
+    _check_range("seed", seed, 0, MAX_SEED)
+    pairs = _rows(data_dir, rows, split, max_rows)
+    sources = [model.normalize_text(row.src) for row in pairs]
+    references = [model.normalize_text(row.trg) for row in pairs]
+    batch = model.generate_candidates(
+        [row.src for row in pairs],
+        num_candidates=num_candidates,
+        steps=steps,
+        seeds=row_seeds(seed, len(pairs)),
+        batch_size=batch_size,
+        sampler=sampler,
+        on_overflow=on_overflow,
+        progress=progress,
+    )
+    candidates = [list(column) for column in zip(*batch.texts, strict=True)]
+    if generations_dir is not None:
+        for index, texts in enumerate(candidates):
+            path = Path(generations_dir) / f"seed{seed}-candidate{index}.jsonl"
+            write_generations(path, sources, references, texts)
+    options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
+    settings = {"split": split if rows is None else None, "steps": steps, "sampler": sampler}
+    return _scored(sources, references, candidates, options, {**settings, **_cost(batch)})
+
+
+def evaluate_generations(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    mbr: bool = False,
+    max_rows: int = 0,
+    bootstrap: int = DEFAULT_RESAMPLES,
+    seed: int = 0,
+    bertscore_model: str | None = None,
+    bertscore_layer: int | None = None,
+    exact: ExactMetrics | None = None,
+) -> dict[str, Any]:
+    """Score DiffuSeq's generation files, one a seed; returns what `evaluate_model` does.
+
+    Raises `DataError` for files that are malformed or do not hold the same rows.
+    """
+    _check_range("max_rows", max_rows, 0, MAX_SEED)
+    _check_range("seed", seed, 0, MAX_SEED)
+    check_resamples(bootstrap)
+    texts = read_generations(paths)
+    first = slice(max_rows or None)
+    return _scored(
+        texts.sources[first],
+        texts.references[first],
+        [column[first] for column in texts.candidates],
+        _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact),
+        {"files": [os.fspath(path) for path in paths]},
+    )
+
+
+def row_seeds(seed: int, count: int) -> list[int]:
+    """A 64-bit generation seed for each row, a function of `seed` and the row's place.
+
+    With one seed for all rows they would share their noise, and no resampling of rows could
+    show how much of a score is owed to it.
+    """
+    digests = (hashlib.sha256(f"evaluate/{seed}/{row}".encode()).digest() for row in range(count))
+    return [int.from_bytes(digest[:8], "little") for digest in digests]
+
+
+@dataclass(frozen=True)
+class _ScoreOptions:
+    mbr: bool
+    bootstrap: int
+    seed: int
+    bertscore_model: str | None
+    bertscore_layer: int | None
+    exact: ExactMetrics | None
+
+
+def _scored(
+    sources: list[str],
+    references: list[str],
+    candidates: list[list[str]],
+    options: _ScoreOptions,
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """Scores of the candidates, and of the two texts that need no model."""
+    score = partial(
+        score_generations,
+        sources,
+        references,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+        bertscore_model=options.bertscore_model,
+        bertscore_layer=options.bertscore_layer,
+    )
+    result = score(candidates, mbr=options.mbr)
+    result["baselines"] = {"copy": score([sources]), "reference": score([references])}
+    if options.exact is not None:
+        result["exact"] = options.exact(
+            sources, [list(row) for row in zip(*candidates, strict=True)]
+        )
+    result["run"] = {
+        "rows": len(sources),
+        "num_candidates": len(candidates),
+        "seed": options.seed,
+        "bootstrap": options.bootstrap,
+        **run,
+    }
+    return result
+
+
+def _rows(
+    data_dir: str | os.PathLike[str] | None, rows: Sequence[Row] | None, split: str, max_rows: int
+) -> Sequence[Row]:
+    if (data_dir is None) == (rows is None):
+        raise UsageError("evaluate_model: expected one of data_dir and rows, got both or neither.")
+    if data_dir is not None:
+        return load_rows(Path(data_dir), split, max_rows or None)
+    chosen = list(rows or ())[: max_rows or None]
+    if not chosen:
+        raise UsageError("rows: expected at least 1 row, got 0.")
+    return chosen
+
+
+def _cost(batch: CandidateBatch) -> dict[str, float | int]:
+    return {
+        "truncated": sum(batch.truncated),
+        "seconds": batch.seconds,
+        "seconds_per_text": batch.seconds / sum(map(len, batch.texts)),
+    }
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name}: expected {low} to {high}, got {value}.")

@@ -1,0 +1,118 @@
+"""The one place where a backend is chosen.
+
+Every operation registers its backends in order of preference. `select` walks that list in
+"auto" mode and takes the first that can run. A backend that was asked for by name is either
+used or refused with `BackendUnavailableError`; only "auto" falls back.
+
+Precedence of the request: the `kernel_backend=` argument, then the innermost
+`force_backend(...)`, then the environment variable `DLMONE_KERNEL_BACKEND`, then "auto".
+The variable holds one name for every operation ("torch") or a list for single operations
+("nearest_token=cpp").
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from dlmone_fast.errors import BackendUnavailableError
+
+ENVIRONMENT_VARIABLE = "DLMONE_KERNEL_BACKEND"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation.
+
+    `usable` gets the operation's tensors and returns None, or the reason why this backend
+    cannot run on them here. `run` gets the same arguments after the operation checked them.
+    """
+
+    name: str
+    usable: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+_BACKENDS: dict[str, tuple[Backend, ...]] = {}
+_forced: ContextVar[tuple[tuple[str | None, str], ...]] = ContextVar("dlmone_forced", default=())
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Declare the backends of `op`, the preferred one first."""
+    _BACKENDS[op] = backends
+
+
+def operations() -> tuple[str, ...]:
+    """Names of the operations registered so far."""
+    return tuple(_BACKENDS)
+
+
+def backends(op: str) -> tuple[Backend, ...]:
+    """The backends of `op`, the preferred one first."""
+    return _BACKENDS[op]
+
+
+@contextmanager
+def force_backend(name: str, op: str | None = None) -> Iterator[None]:
+    """Within the block, run `op` (default: every operation) on the backend `name`.
+
+    "auto" lifts an outer request. Local to the current thread or asyncio task.
+    """
+    token = _forced.set(((op, name), *_forced.get()))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def select(op: str, *tensors: Any, kernel_backend: str | None = None) -> Backend:
+    """The backend that runs `op` on these tensors.
+
+    Raises:
+        BackendUnavailableError: the backend asked for does not exist or cannot run here.
+    """
+    wanted = kernel_backend or _requested(op)
+    reasons: dict[str, str | None] = {}
+    for backend in _BACKENDS[op]:
+        if wanted not in (AUTO, backend.name):
+            continue
+        reason = backend.usable(*tensors)
+        if reason is None:
+            return backend
+        reasons[backend.name] = reason
+    raise BackendUnavailableError(_refusal(op, wanted, reasons, tensors))
+
+
+def _requested(op: str) -> str:
+    for forced_op, name in _forced.get():
+        if forced_op in (None, op):
+            return name
+    return _from_environment(op)
+
+
+def _from_environment(op: str) -> str:
+    for entry in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
+        name, separator, value = entry.strip().partition("=")
+        if not separator and name:
+            return name
+        if separator and name == op:
+            return value
+    return AUTO
+
+
+def _refusal(op: str, wanted: str, reasons: dict[str, str | None], tensors: tuple[Any, ...]) -> str:
+    if wanted == AUTO:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        return f"{op}: no backend can run here ({listed})"
+    available = [b.name for b in _BACKENDS[op] if b.usable(*tensors) is None]
+    reason = reasons.get(wanted, f"{op} has no such backend")
+    return (
+        f"{op}: the backend {wanted!r} was asked for and cannot run: {reason}. "
+        f"Available here: {', '.join(available) or 'none'}; "
+        f"or ask for {AUTO!r} (kernel_backend=, force_backend, {ENVIRONMENT_VARIABLE})."
+    )

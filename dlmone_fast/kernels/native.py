@@ -1,0 +1,73 @@
+"""The compiled extension `dlmone_fast._C`: loaded on first use, and why it is missing if it is."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from dlmone_fast.errors import BackendUnavailableError
+
+_MODULE = "dlmone_fast._C"
+_BUILD_NOTE = Path(__file__).resolve().parent.parent / "_native_build.txt"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(_MODULE), None
+    except ImportError as error:
+        return None, _explain(error)
+
+
+def _explain(error: ImportError) -> str:
+    # setup.py leaves one line here when it could not build or was told not to.
+    if _BUILD_NOTE.is_file():
+        note = _BUILD_NOTE.read_text(encoding="utf-8").strip()
+        if note:
+            return note
+    return (
+        f"{_MODULE} could not be imported ({error}); "
+        "reinstall with a C++17 compiler at hand: pip install --force-reinstall --no-deps ."
+    )
+
+
+def is_available() -> bool:
+    """Whether the extension was built and loads."""
+    return _load()[0] is not None
+
+
+def why_missing() -> str | None:
+    """One line saying why the extension cannot be used, or None when it can."""
+    return _load()[1]
+
+
+def module() -> ModuleType:
+    """The extension.
+
+    Raises:
+        BackendUnavailableError: it was not built or does not load; the message says why.
+    """
+    extension, reason = _load()
+    if extension is None:
+        raise BackendUnavailableError(f"the native extension is not available: {reason}")
+    return extension
+
+
+def cpu_paths() -> tuple[str, ...]:
+    """Instruction-set paths this CPU can run, the fastest first; empty without the extension."""
+    return tuple(module().cpu_paths()) if is_available() else ()
+
+
+def cuda_report() -> str:
+    """One line on the CUDA part of the extension, for the `doctor` command."""
+    if not is_available():
+        return f"no CUDA part: {why_missing()}"
+    extension = module()
+    if not extension.built_with_cuda:
+        return "no CUDA part: built without nvcc (set DLMONE_CUDA=ON and reinstall to require it)"
+    version = extension.cuda_runtime_version()
+    count, error = extension.cuda_device_count()
+    devices = f"{count} device(s)" if error is None else f"no device ({error})"
+    return f"CUDA runtime {version // 1000}.{version % 1000 // 10}, {devices}"

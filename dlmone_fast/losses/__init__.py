@@ -1,0 +1,1 @@
+"""Losses of the three networks, each beside the equation it implements."""

@@ -1,0 +1,1 @@
+"""Model folders, training checkpoints, and the import of DiffuSeq checkpoints."""

@@ -1,0 +1,283 @@
+"""Training checkpoints: numbered folders that are complete and verified, or not there at all.
+
+A checkpoint is `step-00000123/` with named safetensors files (model, optimizer, …), `state.json`,
+`config.toml` and `manifest.json`. Its folder appears under that name in one rename; older ones
+are deleted only after the new one was read back against its manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dlmone_fast.errors import CheckpointError
+from dlmone_fast.models.commit import (
+    commit_directory,
+    complete_path,
+    original_name,
+    remove_directory,
+    remove_leftovers,
+)
+from dlmone_fast.models.manifest import verify_manifest
+from dlmone_fast.models.plainfiles import (
+    StrPath,
+    is_plain_name,
+    read_bytes,
+    read_json,
+    unreadable,
+    write_json,
+)
+from dlmone_fast.models.tensors import check_finite, read_tensors, write_tensors
+
+FORMAT = "dlmone_fast.checkpoint"
+VERSION = 1
+STATE_NAME = "state.json"
+CONFIG_NAME = "config.toml"
+_STEP = re.compile(r"step-(\d{8,12})")
+_LEFTOVER = re.compile(r"(\.old-|abandoned-)?step-\d{8,12}")
+_MAX_STEP = 10**12 - 1
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_FILES = 100
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files all matched its manifest."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """Tensors by name within each named file, on the CPU."""
+    state: dict[str, Any]
+    config_text: str
+
+
+def save_checkpoint(
+    root: StrPath,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    config_text: str,
+    *,
+    keep: int = 2,
+    protect: Set[int] = frozenset(),
+    require_finite: bool = True,
+) -> Path:
+    """Write `root/step-XXXXXXXX`, read it back, then delete what is no longer kept.
+
+    Kept are this checkpoint, the newest verified ones up to `keep` in all, and the steps in
+    `protect`. Checkpoints of later steps belong to a run that this one leaves behind (it resumed
+    from an earlier checkpoint): they are renamed to `abandoned-step-XXXXXXXX`, so that no later
+    run resumes from them, and are otherwise left alone.
+
+    Args:
+        root: the checkpoints folder of one phase; one process writes to it at a time.
+        step: number of finished steps.
+        tensors: file name (without suffix) → tensors by name.
+        state: any JSON object without NaN or Infinity.
+        config_text: the resolved configuration as TOML.
+        require_finite: refuse tensors with NaN or Infinity.
+
+    Raises:
+        CheckpointError: a value cannot be stored, the folder cannot be written, or what was
+            written does not read back. All earlier checkpoints are then intact.
+    """
+    root = Path(root)
+    if type(step) is not int or not 0 <= step <= _MAX_STEP or keep < 1:
+        raise CheckpointError(
+            f"step must be between 0 and {_MAX_STEP} and keep at least 1, got {step!r}, {keep!r}"
+        )
+    _check_names(tensors, root)
+    target = root / f"step-{step:08d}"
+    if require_finite:
+        for name, group in tensors.items():
+            check_finite(group, target / f"{name}.safetensors", CheckpointError)
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "tensors": sorted(tensors),
+        "state": dict(state),
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / STATE_NAME, head, CheckpointError)
+        (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+        for name, group in tensors.items():
+            write_tensors(folder / f"{name}.safetensors", group)
+
+    path = commit_directory(target, write, error=CheckpointError)
+    verify_manifest(path, CheckpointError)
+    try:
+        _abandon_later(path.parent, step)
+        _prune(path.parent, step, keep, protect)
+        remove_leftovers(path.parent, _LEFTOVER)
+    except OSError as reason:
+        # The new checkpoint stands; a failure to tidy up must not end the training.
+        logger.warning("old checkpoints in %s could not be removed: %s", root, reason)
+    return path
+
+
+def load_checkpoint(path: StrPath, *, require_finite: bool = True) -> Checkpoint:
+    """Load one checkpoint after checking every file against its manifest.
+
+    Raises:
+        CheckpointError: naming the file and the reason.
+    """
+    path = complete_path(path)
+    head = _verified_head(path)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in head["tensors"]:
+        tensors[name] = read_tensors(path, f"{name}.safetensors", CheckpointError)
+        if require_finite:
+            check_finite(tensors[name], path / f"{name}.safetensors", CheckpointError)
+    config = read_bytes(path, CONFIG_NAME, CheckpointError, _MAX_CONFIG_BYTES)
+    try:
+        config_text = config.decode("utf-8")
+    except UnicodeDecodeError as reason:
+        raise CheckpointError(f"{path / CONFIG_NAME}: is not UTF-8 ({reason})") from reason
+    return Checkpoint(path, head["step"], tensors, head["state"], config_text)
+
+
+def list_checkpoints(root: StrPath) -> list[tuple[int, Path]]:
+    """Return (step, folder) of what lies in `root`, by ascending step, nothing verified."""
+    root = Path(root)
+    found: dict[int, Path] = {}
+    try:
+        entries = sorted(root.iterdir()) if root.exists() else []
+    except OSError as reason:
+        raise CheckpointError(unreadable(root, reason)) from reason
+    for path in entries:
+        match = _STEP.fullmatch(original_name(path))
+        if match and path.is_dir():
+            # ".old-step-…" sorts before "step-…", which replaces it.
+            found[int(match[1])] = path
+    return sorted(found.items())
+
+
+def find_latest(root: StrPath) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest checkpoint in `root` that verifies, and (folder, reason) of each skipped.
+
+    The folder is None if `root` holds none; `root` need not exist.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for _, path in reversed(list_checkpoints(root)):
+        try:
+            _verified_head(path)
+        except CheckpointError as reason:
+            skipped.append((path, str(reason)))
+        else:
+            return path, skipped
+    return None, skipped
+
+
+def resolve_resume(root: StrPath, resume: StrPath = "auto") -> Path | None:
+    """Return the checkpoint folder to resume from, or None to start from the first step.
+
+    Args:
+        root: the checkpoints folder of the phase.
+        resume: "auto": the newest one that verifies, with a logged warning for each damaged one
+            that is skipped; "never": None; otherwise the path of one checkpoint.
+
+    Raises:
+        CheckpointError: the given checkpoint is damaged, or "auto" found only damaged ones.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return _explicit(Path(resume))
+    path, skipped = find_latest(root)
+    for _, reason in skipped:
+        logger.warning("damaged checkpoint skipped: %s", reason)
+    if path is None and skipped:
+        raise CheckpointError(
+            f"{root}: none of its {len(skipped)} checkpoints is intact; the newest: "
+            f"{skipped[0][1]}; pass --resume never to start again, or choose another run folder"
+        )
+    return path
+
+
+def _explicit(path: Path) -> Path:
+    inside = list_checkpoints(path) if path.is_dir() else []
+    if inside:
+        raise CheckpointError(
+            f"{path}: holds several checkpoints; name one of them, e.g. {inside[-1][1]}"
+        )
+    _verified_head(complete_path(path))
+    return complete_path(path)
+
+
+def _check_names(tensors: Mapping[str, object], root: Path) -> None:
+    for name in tensors:
+        if not is_plain_name(f"{name}.safetensors") or "." in name:
+            raise CheckpointError(
+                f"{root}: {name!r} cannot name a tensor file; use letters, digits, '_' and '-'"
+            )
+    if len(tensors) > _MAX_FILES:
+        raise CheckpointError(f"{root}: at most {_MAX_FILES} tensor files, got {len(tensors)}")
+
+
+def _verified_head(path: Path) -> dict[str, Any]:
+    """Verify a checkpoint folder and return the content of its state.json."""
+    files = verify_manifest(path, CheckpointError, required=(STATE_NAME, CONFIG_NAME))
+    head = read_json(path, STATE_NAME, CheckpointError)
+    where = path / STATE_NAME
+    if head.get("format") != FORMAT or head.get("version") != VERSION:
+        raise CheckpointError(
+            f"{where}: expected format {FORMAT} version {VERSION}, got "
+            f"{head.get('format')!r:.80} version {head.get('version')!r:.80}"
+        )
+    step, names = head.get("step"), head.get("tensors")
+    if type(step) is not int or not isinstance(head.get("state"), dict):
+        raise CheckpointError(f"{where}: must hold a whole number 'step' and an object 'state'")
+    named = _STEP.fullmatch(original_name(path))
+    if named and int(named[1]) != step:
+        raise CheckpointError(
+            f"{where}: is of step {step}, its folder is {path.name}; the folders were mixed up"
+        )
+    if not isinstance(names, list) or len(names) > _MAX_FILES:
+        raise CheckpointError(f"{where}: 'tensors' must list up to {_MAX_FILES} names")
+    for name in names:
+        if not isinstance(name, str) or f"{name}.safetensors" not in files:
+            raise CheckpointError(f"{path}: {name!r:.80}.safetensors is not in the manifest")
+    return head
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        _verified_head(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _abandon_later(root: Path, step: int) -> None:
+    for later, path in list_checkpoints(root):
+        if later > step:
+            left = root / f"abandoned-step-{later:08d}"
+            if left.exists():
+                remove_directory(left)
+            path.rename(left)
+            logger.warning("%s is of a later step than this run's; renamed to %s", path, left.name)
+
+
+def _prune(root: Path, step: int, keep: int, protect: Set[int]) -> None:
+    """Delete what is older than the newest `keep` verified checkpoints and not protected.
+
+    Damaged checkpoints do not count, and stay until `keep` newer ones verify.
+    """
+    kept = 0
+    for number, path in reversed(list_checkpoints(root)):
+        if kept >= keep:
+            if number not in protect:
+                remove_directory(path)
+        elif number == step or _verifies(path):
+            kept += 1

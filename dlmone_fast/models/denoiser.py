@@ -1,0 +1,184 @@
+"""`load_teacher`: a model folder as the callable f(x_t, t) → x̂0, with everything around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dlmone_fast.config import DiffusionConfig, ModelConfig, TeacherConfig
+from dlmone_fast.diffusion import Schedule
+from dlmone_fast.diffusion.schedule import keep_source
+from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
+from dlmone_fast.kernels.nearest_token import nearest_token
+from dlmone_fast.losses.teacher import teacher_loss
+from dlmone_fast.models.folder import ModelFolder, check_tensors, load_folder
+from dlmone_fast.networks import DiffusionLM
+from dlmone_fast.samplers import steps
+
+
+class Denoiser(nn.Module):
+    """A diffusion language model as f(x_t, t) → x̂0, with t in 0 … T - 1.
+
+    Attributes:
+        lm: embedding and backbone.
+        schedule: the noise schedule, with `alphas_cumprod` and `q_sample`.
+        embedding: the table E [V, d] in which diffusion and rounding happen.
+    """
+
+    def __init__(self, lm: DiffusionLM, schedule: Schedule) -> None:
+        super().__init__()
+        self.lm = lm
+        self.schedule = schedule
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes of the networks."""
+        return self.lm.config
+
+    @property
+    def embedding(self) -> Tensor:
+        """The embedding table E [V, d]."""
+        return self.lm.tokens.table()
+
+    def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """x̂0 [B, L, d] of x_t [B, L, d] at timesteps t ([B], or one for all)."""
+        return self.lm(x_t, self.schedule.network_time(self._timesteps(x_t, t)))  # type: ignore[no-any-return]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Decoder logits [..., V] of h [..., d]."""
+        return self.lm.tokens.logits(h)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Ids [B, L] of the L2-nearest embedding rows of x [B, L, d]."""
+        return nearest_token(x, self.embedding)
+
+    def round_to_embedding(self, x: Tensor) -> Tensor:
+        """The L2-nearest embedding rows [B, L, d] of x [B, L, d]."""
+        return self.embedding[self.round(x)]
+
+    def loss(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        t: Tensor,
+        *,
+        embedding_noise: Tensor,
+        noise: Tensor,
+        config: TeacherConfig | None = None,
+    ) -> dict[str, Tensor]:
+        """Per-sample `mse`, `nll` and `loss` [B] of DiffuSeq's training loss.
+
+        Args:
+            ids: [B, L].
+            mask: [B, L], 0 on source positions.
+            t: [B].
+            embedding_noise: standard normal draws [B, L, d] of x_0 around E(ids).
+            noise: standard normal draws [B, L, d] of the forward process.
+            config: another choice of terms; None: DiffuSeq's.
+        """
+        return teacher_loss(
+            self.lm, self.schedule, config or TeacherConfig(), ids, mask, t, noise, embedding_noise
+        )
+
+    def ancestral_step(
+        self,
+        x_t: Tensor,
+        t: Tensor | int,
+        noise: Tensor,
+        mask: Tensor | None = None,
+        x_start: Tensor | None = None,
+        clamp: bool = True,
+    ) -> Tensor:
+        """x_{t-1} [B, L, d] of DiffuSeq's full chain.
+
+        Args:
+            x_t: the state [B, L, d].
+            t: timesteps, [B] or one for all.
+            noise: standard normal draws [B, L, d]; multiplied by zero at t = 0.
+            mask: [B, L], 0 on source positions, which return to `x_start`; None: no reset.
+            x_start: clean source embeddings [B, L, d]; needed with `mask`.
+            clamp: round x̂0 to the nearest embedding first, as the original does.
+        """
+        t = self._timesteps(x_t, t)
+        x = steps.ancestral(self.schedule, self._x0(x_t, t, clamp), x_t, t, noise)
+        return _reset_source(x, mask, x_start)
+
+    def published_ddim_step(
+        self,
+        x_t: Tensor,
+        t: Tensor | int,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        x_start: Tensor | None = None,
+        clamp: bool = True,
+    ) -> Tensor:
+        """The state after one step of DiffuSeq's strided loop, exactly as published.
+
+        Arguments as for `ancestral_step`. The published loop runs at eta = 0: `noise` is accepted,
+        so that recorded draws can be passed, and multiplied by zero.
+        """
+        t = self._timesteps(x_t, t)
+        x = steps.published_ddim(self.schedule, self._x0(x_t, t, clamp), x_t, t)
+        return _reset_source(x, mask, x_start)
+
+    def _x0(self, x_t: Tensor, t: Tensor, clamp: bool) -> Tensor:
+        x0: Tensor = self(x_t, t)
+        return self.round_to_embedding(x0) if clamp else x0
+
+    def _timesteps(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        steps_of_rows = torch.as_tensor(t, device=x_t.device)
+        if steps_of_rows.is_floating_point() or steps_of_rows.dim() > 1:
+            raise UsageError(
+                "t must be integer timesteps [B] in 0 … T - 1 (rescaling happens inside), got "
+                f"{steps_of_rows.dtype} of shape {tuple(steps_of_rows.shape)}"
+            )
+        return steps_of_rows.expand(len(x_t)) if steps_of_rows.dim() == 0 else steps_of_rows
+
+
+def _reset_source(x: Tensor, mask: Tensor | None, x_start: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
+    if x_start is None:
+        raise UsageError("x_start is missing: mask resets source positions to it; pass both")
+    return keep_source(x, x_start, mask)
+
+
+def load_teacher(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> Denoiser:
+    """The denoiser of a model folder, in evaluation mode, float32, with frozen parameters.
+
+    Args:
+        path: a model folder (of a teacher or a student).
+        device: where to put it.
+
+    Raises:
+        ModelFileError: the folder is missing, damaged, or its tensors do not fit its config.
+    """
+    return denoiser_from_folder(load_folder(path)).to(device)
+
+
+def denoiser_from_folder(folder: ModelFolder) -> Denoiser:
+    """Build the networks that a verified model folder describes, and load its tensors."""
+    model, diffusion = _configs(folder.config)
+    lm = DiffusionLM(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
+    check_tensors(expected, folder.tensors, folder.path)
+    lm.load_state_dict({name: tensor.float() for name, tensor in folder.tensors.items()})
+    return Denoiser(lm, Schedule(diffusion)).eval().requires_grad_(False)
+
+
+def _configs(config: Mapping[str, object]) -> tuple[ModelConfig, DiffusionConfig]:
+    try:
+        model, diffusion = config["model"], config["diffusion"]
+        if not isinstance(model, Mapping) or not isinstance(diffusion, Mapping):
+            raise TypeError("model and diffusion must be sections")
+        return ModelConfig(**model), DiffusionConfig(**diffusion)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise ModelFileError(
+            f"config.json does not describe a model: {error}; "
+            "the folder may come from a newer version of dlmone_fast"
+        ) from error

@@ -1,0 +1,170 @@
+"""The manifest of a folder: size and sha256 of each file, checked before anything is read.
+
+No common tensor format notices a flipped bit; this does. The manifest is kept in one canonical
+form, so a change to the manifest itself is noticed as well. It proves integrity, not origin:
+whoever can write the folder can write the manifest. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlmone_fast.errors import DlmOneError, ModelFileError
+from dlmone_fast.models.plainfiles import (
+    StrPath,
+    dump_json,
+    is_plain_name,
+    read_bytes,
+    read_json,
+    regular_file,
+    unreadable,
+)
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT = "dlmone_fast.manifest"
+_VERSION = 1
+_MAX_FILES = 10_000
+_MAX_FILE_BYTES = 1 << 40
+_MAX_MANIFEST_BYTES = 4 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_RESEAL = (
+    "copy the folder again from its source, or, if the change was meant, call "
+    "dlmone_fast.models.manifest.write_manifest(folder)"
+)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says about one file."""
+
+    size: int
+    sha256: str
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(folder: StrPath, error: type[DlmOneError] = ModelFileError) -> None:
+    """Write manifest.json over every file that lies in the folder now, hidden ones left out.
+
+    Raises:
+        error: the folder holds a sub-folder or a name that a manifest cannot hold.
+        OSError: a file cannot be read or the manifest not written.
+    """
+    folder = Path(folder)
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST_NAME and not path.name.startswith("."):
+            regular_file(folder, path.name, error)
+            files[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+    text = dump_json({"format": _FORMAT, "version": _VERSION, "files": files})
+    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+
+def read_manifest(
+    folder: StrPath, error: type[DlmOneError] = ModelFileError
+) -> dict[str, FileRecord]:
+    """Read manifest.json without looking at the files it lists.
+
+    Raises:
+        error: the manifest is missing, malformed, or of a newer version.
+    """
+    folder = Path(folder)
+    where = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise error(f"{folder}: no such folder; check the path")
+    content = read_json(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES)
+    if content.get("format") != _FORMAT or type(content.get("version")) is not int:
+        raise error(f"{where}: is not a dlmone_fast manifest; {_RESEAL}")
+    if content["version"] != _VERSION:
+        raise error(
+            f"{where}: has version {content['version']}, this release reads {_VERSION}; "
+            "install a newer dlmone_fast"
+        )
+    records = _records(content, where, error)
+    # Re-serialising catches what parsing forgives: other white space, escapes, appended text.
+    canonical = dump_json(content).encode()
+    if canonical != read_bytes(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES):
+        raise error(f"{where}: was changed after it was written; {_RESEAL}")
+    return records
+
+
+def verify_manifest(
+    folder: StrPath,
+    error: type[DlmOneError] = ModelFileError,
+    required: tuple[str, ...] = (),
+) -> dict[str, FileRecord]:
+    """Check every listed file's presence, size and sha256; return what the manifest lists.
+
+    Files that the manifest does not list are left alone (a note, a .DS_Store): nothing in this
+    package reads a file that is not listed.
+
+    Args:
+        required: names that the manifest must list.
+
+    Raises:
+        error: naming the first file at fault and the reason.
+    """
+    folder = Path(folder)
+    records = read_manifest(folder, error)
+    for name in required:
+        if name not in records:
+            raise error(f"{folder / name}: is not listed in {MANIFEST_NAME}; {_RESEAL}")
+    for name, record in records.items():
+        _verify_file(folder, name, record, error)
+    return records
+
+
+def _verify_file(folder: Path, name: str, record: FileRecord, error: type[DlmOneError]) -> None:
+    path = regular_file(folder, name, error)
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            raise error(
+                f"{path}: has {size:,} bytes, the manifest says {record.size:,}; the file is "
+                f"damaged or was changed: {_RESEAL}"
+            )
+        digest = hash_file(path)
+    except OSError as reason:
+        raise error(unreadable(path, reason)) from reason
+    if digest != record.sha256:
+        raise error(
+            f"{path}: its sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…; the "
+            f"file is damaged or was changed: {_RESEAL}"
+        )
+
+
+def _records(
+    content: Mapping[str, Any], where: Path, error: type[DlmOneError]
+) -> dict[str, FileRecord]:
+    files = content.get("files")
+    if set(content) != {"format", "version", "files"} or not isinstance(files, dict):
+        raise error(f"{where}: expected the keys format, version and files; {_RESEAL}")
+    if len(files) > _MAX_FILES:
+        raise error(f"{where}: lists {len(files):,} files, at most {_MAX_FILES:,} are allowed")
+    return {name: _record(name, entry, where, error) for name, entry in files.items()}
+
+
+def _record(name: str, entry: object, where: Path, error: type[DlmOneError]) -> FileRecord:
+    if not is_plain_name(name) or name == MANIFEST_NAME:
+        raise error(f"{where}: {name!r} is not a plain file name; the manifest is not to be used")
+    if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        raise error(f"{where}: the entry of {name} must hold size and sha256; {_RESEAL}")
+    size, digest = entry["size"], entry["sha256"]
+    if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:
+        raise error(
+            f"{where}: the size of {name} must be between 0 and {_MAX_FILE_BYTES:,} bytes, "
+            f"got {size!r:.40}"
+        )
+    if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
+        raise error(f"{where}: the sha256 of {name} must be 64 hexadecimal digits")
+    return FileRecord(size, digest)

@@ -1,0 +1,169 @@
+"""An optimiser's state as named tensors and plain JSON, and back, bit for bit.
+
+Names are those of the parameters, never positions, so a state cannot land on another parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from dlmone_fast.errors import CheckpointError
+from dlmone_fast.models.tensors import check_names
+
+# Choices of implementation, which belong to the machine that runs and not to the state.
+_LOCAL_OPTIONS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+
+
+def flatten_optimizer(
+    optimizer: Optimizer, parameters: Mapping[str, Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimiser's state as tensors and a JSON object.
+
+    Args:
+        optimizer: an optimiser whose state per parameter is tensors, such as AdamW.
+        parameters: every parameter of the optimiser by name, e.g. dict(model.named_parameters()).
+
+    Returns:
+        tensors named "<parameter>/<key>" (detached, not copied), and {"class", "groups", "keys"}:
+        hyper-parameters and parameter names of each group, state keys of each parameter.
+
+    Raises:
+        CheckpointError: a parameter has no name, or a state entry is not a tensor.
+    """
+    names = _names_by_id(parameters)
+    groups = [
+        {**_hyperparameters(group), "parameters": [_name(names, p) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    tensors: dict[str, Tensor] = {}
+    keys: dict[str, list[str]] = {}
+    for parameter, state in optimizer.state.items():
+        name = _name(names, parameter)
+        keys[name] = sorted(state)
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"optimizer: {name}/{key} is {type(value).__name__}; only optimisers whose "
+                    "state is tensors can be saved"
+                )
+            tensors[f"{name}/{key}"] = value.detach()
+    return tensors, {"class": type(optimizer).__name__, "groups": groups, "keys": keys}
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    parameters: Mapping[str, Parameter],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Put a state from `flatten_optimizer` back, bit for bit, after checking that it fits.
+
+    Nothing of the optimiser changes unless everything fits. foreach, fused, capturable and
+    differentiable keep the live optimiser's values.
+
+    Raises:
+        CheckpointError: another optimiser class, other groups or names, missing or unexpected
+            tensors, or a shape or dtype that is not the parameter's.
+    """
+    names = _names_by_id(parameters)
+    _check_groups(optimizer, names, state)
+    keys: Mapping[str, list[str]] = state["keys"]
+    check_names(
+        [f"{name}/{key}" for name, own in keys.items() for key in own],
+        tensors,
+        "optimizer state",
+        error=CheckpointError,
+    )
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    restored: dict[int, dict[str, Tensor]] = {}
+    for index, parameter in enumerate(order):
+        name = _name(names, parameter)
+        if name in keys:
+            restored[index] = {
+                key: _fitting(tensors[f"{name}/{key}"], parameter, f"{name}/{key}")
+                for key in keys[name]
+            }
+    groups = optimizer.state_dict()["param_groups"]
+    for live, saved in zip(groups, state["groups"], strict=True):
+        live.update({key: _like(live.get(key), saved[key]) for key in saved if key != "parameters"})
+    optimizer.load_state_dict({"state": restored, "param_groups": groups})
+
+
+def _names_by_id(parameters: Mapping[str, Parameter]) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in parameters.items()}
+
+
+def _name(names: Mapping[int, str], parameter: Tensor) -> str:
+    if id(parameter) not in names:
+        raise CheckpointError(
+            f"optimizer: a parameter of shape {list(parameter.shape)} has no name; pass all of "
+            "the module's named_parameters()"
+        )
+    return names[id(parameter)]
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as JSON values; a learning rate held in a tensor becomes a number."""
+    return {
+        key: value.item() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key != "params" and key not in _LOCAL_OPTIONS
+    }
+
+
+def _like(live: Any, saved: Any) -> Any:
+    """Give a value from JSON the type that the optimiser holds."""
+    if isinstance(live, Tensor):
+        return live.new_tensor(saved)
+    return tuple(saved) if isinstance(saved, list) else saved
+
+
+def _check_groups(optimizer: Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:
+    keys, groups = state.get("keys"), state.get("groups")
+    if not isinstance(keys, Mapping) or not isinstance(groups, list):
+        raise CheckpointError("optimizer state: must hold keys and groups; use another checkpoint")
+    if state.get("class") != type(optimizer).__name__:
+        raise CheckpointError(
+            f"optimizer state: is of {state.get('class')!r}, this run uses "
+            f"{type(optimizer).__name__}; resume with the configuration of the checkpoint"
+        )
+    if len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"optimizer state: has {len(groups)} parameter groups, this run has "
+            f"{len(optimizer.param_groups)}"
+        )
+    known: set[str] = set()
+    for index, (live, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        expected = [_name(names, p) for p in live["params"]]
+        if not isinstance(saved, Mapping) or saved.get("parameters") != expected:
+            raise CheckpointError(
+                f"optimizer state: group {index} does not hold this run's parameters in this "
+                f"run's order ({', '.join(expected[:3])}, …)"
+            )
+        options = set(_hyperparameters(live))
+        if set(saved) - {"parameters"} != options:
+            raise CheckpointError(
+                f"optimizer state: group {index} must hold the options {sorted(options)}, found "
+                f"{sorted(set(saved) - {'parameters'})}; it was written by another torch release"
+            )
+        known.update(expected)
+    unknown = sorted(set(keys) - known)
+    if unknown:
+        raise CheckpointError(f"optimizer state: {unknown[0]} is not a parameter of this run")
+
+
+def _fitting(tensor: Tensor, parameter: Parameter, name: str) -> Tensor:
+    # AdamW's step counter is the one scalar; every moment has its parameter's shape and dtype.
+    scalar = name.endswith("/step")
+    shape = () if scalar else tuple(parameter.shape)
+    if tuple(tensor.shape) != shape or not (scalar or tensor.dtype == parameter.dtype):
+        raise CheckpointError(
+            f"optimizer state: {name} is {list(tensor.shape)} {tensor.dtype}, expected "
+            f"{list(shape)}" + ("" if scalar else f" {parameter.dtype}")
+        )
+    return tensor

@@ -1,0 +1,53 @@
+"""The one backbone f(x_t, t): DiffuSeq's BERT encoder between two Tanh projections.
+
+DiffuSeq, `transformer_model.py`: time MLP, input projection, learned positions, LayerNorm and
+dropout, encoder without attention mask, output projection. The pre-norm variant adds the usual
+LayerNorm after the last block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dlmone_fast.config import ModelConfig
+from dlmone_fast.networks.embedding import time_features
+from dlmone_fast.networks.layers import LAYER_NORM_EPS, Block, projection
+
+
+class Backbone(nn.Module):
+    """f(x_t, t) → x̂0, and the features that the discriminator reads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, d = config.hidden_size, config.embedding_dim
+        # The time MLP's width is DiffuSeq's: four times the sinusoidal width.
+        self.time_mlp = projection(config.time_dim, 4 * config.time_dim, hidden, nn.SiLU())
+        self.input_projection = projection(d, hidden, hidden, nn.Tanh())
+        self.position = nn.Embedding(config.max_positions, hidden)
+        self.input_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        if config.norm == "pre":
+            self.output_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
+        self.output_projection = projection(hidden, hidden, d, nn.Tanh())
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        """x̂0 [B, L, d] of x_t [B, L, d] at network time [B] (already rescaled)."""
+        return self.predict(self.features(x_t, time)[0])
+
+    def features(self, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The last hidden state [B, L, H], and the residual sum before its LayerNorm."""
+        length = x_t.shape[1]
+        t_vector = self.time_mlp(time_features(time, self.config.time_dim))
+        h = self.input_projection(x_t) + self.position.weight[:length] + t_vector[:, None]
+        h = residual = self.dropout(self.input_norm(h))
+        for block in self.blocks:
+            h, residual = block(h)
+        return (self.output_norm(h) if self.config.norm == "pre" else h), residual
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """x̂0 [B, L, d] of a last hidden state [B, L, H], in float32."""
+        # Differences of two predictions make the SiD loss: bfloat16 would cancel them away.
+        return self.output_projection(hidden).to(torch.float32)

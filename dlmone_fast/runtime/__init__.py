@@ -1,0 +1,15 @@
+"""Text in, text out: loaded models and the `generate` call."""
+
+from dlmone_fast.runtime.default import generate, load
+from dlmone_fast.runtime.generator import Generator
+from dlmone_fast.runtime.loading import load_model
+from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
+
+__all__ = [
+    "GenerationOutput",
+    "GenerationSettings",
+    "Generator",
+    "generate",
+    "load",
+    "load_model",
+]

@@ -1,0 +1,103 @@
+"""`dlmone_fast.load` and `dlmone_fast.generate`: the model that a call uses when it names none."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dlmone_fast.errors import ModelNotLoadedError
+from dlmone_fast.runtime.generator import Generator
+from dlmone_fast.runtime.loading import load_model
+
+ENVIRONMENT_VARIABLE = "DLMONE_FAST_MODEL"
+_PACKAGED = Path(__file__).parents[1] / "assets"
+
+_lock = threading.Lock()
+_loaded: dict[tuple[str, str, str], Generator] = {}
+_last: list[Generator] = []
+
+
+def load(
+    path_or_name: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
+) -> Generator:
+    """Load a model and make it the one that `generate` uses when it is given no model.
+
+    Args:
+        path_or_name: a model folder, or the name of a packaged model.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16.
+
+    Raises:
+        ModelFileError: the folder is missing, damaged or does not fit.
+        UsageError: the device or dtype does not exist here.
+    """
+    generator = load_model(_locate(path_or_name), device, dtype)
+    with _lock:
+        _last[:] = [generator]
+    return generator
+
+
+def generate(
+    batch: str | Sequence[str],
+    *,
+    model: Generator | str | os.PathLike[str] | None = None,
+    **call: Any,
+) -> Any:
+    """Generate a target text for each source text, in one network call by default.
+
+    Args:
+        batch: one source text (gives a str), or a list of them (gives a list in order).
+        model: a `Generator`, a model folder or a packaged model's name. None: the last `load`,
+            else the folder in DLMONE_FAST_MODEL, else the packaged model.
+        call: `steps`, `num_candidates`, `select`, `seed`, `batch_size`, `sampler`,
+            `on_overflow`, `return_dict`, `progress`: see `Generator.generate`.
+
+    Raises:
+        ModelNotLoadedError: no model is named and none is found.
+        PromptError: a prompt is not a str, not Unicode, or too long.
+        UsageError: another argument is out of its bounds.
+    """
+    return _resolve(model).generate(batch, **call)
+
+
+def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
+    if isinstance(model, Generator):
+        return model
+    if model is not None:
+        return _cached(_locate(model))
+    with _lock:
+        if _last:
+            return _last[0]
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        return _cached(_locate(named))
+    packaged = sorted(folder.parent for folder in _PACKAGED.glob("*/manifest.json"))
+    if packaged:
+        return _cached(packaged[0])
+    raise ModelNotLoadedError(
+        "no model is loaded: pass model=FOLDER, call dlmone_fast.load(FOLDER), or set "
+        f"{ENVIRONMENT_VARIABLE}; to train one in minutes: "
+        "python -m dlmone_fast.train --preset grammar"
+    )
+
+
+def _locate(path_or_name: str | os.PathLike[str]) -> Path:
+    packaged = _PACKAGED / os.fspath(path_or_name)
+    is_name = os.sep not in os.fspath(path_or_name) and not Path(path_or_name).exists()
+    return packaged if is_name and packaged.is_dir() else Path(path_or_name)
+
+
+def _cached(path: Path) -> Generator:
+    # The manifest's time of change stands for the content: a retrained folder loads anew.
+    manifest = path / "manifest.json"
+    stamp = str(manifest.stat().st_mtime_ns) if manifest.exists() else ""
+    key = (str(path.resolve()), stamp, "auto")
+    with _lock:
+        if key not in _loaded:
+            for stale in [k for k in _loaded if k[0] == key[0]]:
+                del _loaded[stale]
+            _loaded[key] = load_model(path)
+        return _loaded[key]

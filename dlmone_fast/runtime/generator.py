@@ -1,0 +1,282 @@
+"""A loaded model: text → tokens → one-step generator (or teacher sampler) → rounding → text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dlmone_fast.data.batches import source_batch
+from dlmone_fast.errors import TokenizerMissingError
+from dlmone_fast.evaluation.mbr import select_mbr
+from dlmone_fast.evaluation.protocol import CandidateBatch
+from dlmone_fast.kernels.noise import Stream, normal
+from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.runtime import options
+from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
+from dlmone_fast.samplers.loop import SamplerOptions, sample
+from dlmone_fast.samplers.one_step import generate_embeddings
+from dlmone_fast.tokenizer import Tokenizer
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Generation rows: every prompt once per candidate."""
+
+    ids: Tensor
+    mask: Tensor
+    seeds: list[int]
+    candidates: list[int]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def part(self, first: int, last: int) -> _Rows:
+        rows = slice(first, last)
+        return _Rows(self.ids[rows], self.mask[rows], self.seeds[rows], self.candidates[rows])
+
+
+class Generator:
+    """A student or teacher that turns source texts into target texts.
+
+    Attributes:
+        denoiser: the networks.
+        tokenizer: text ↔ ids; None for an import without a vocabulary.
+        settings: the model's own defaults.
+        precision: fp32, bf16 or fp16 (autocast of the network; rounding stays float32).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        tokenizer: Tokenizer | None,
+        settings: GenerationSettings,
+        precision: str = "fp32",
+    ) -> None:
+        self.denoiser = denoiser
+        self.settings = settings
+        self.precision = precision
+        self._tokenizer = tokenizer
+        # The table is frozen here: normalising it once a load instead of once a call.
+        self._table = denoiser.embedding.detach()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._table.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            TokenizerMissingError: the model folder has none.
+        """
+        if self._tokenizer is None:
+            raise TokenizerMissingError(
+                "this model folder has no tokenizer.json, so it cannot read text; import the "
+                "checkpoint again with --vocab vocab.txt"
+            )
+        return self._tokenizer
+
+    def normalize_text(self, text: str) -> str:
+        """The text as the tokenizer reproduces it: what a perfect model would return."""
+        return self.tokenizer.decode_clean(self.tokenizer.encode([text])[0])
+
+    @overload
+    def generate(
+        self, batch: str, *, return_dict: Literal[False] = False, **call: object
+    ) -> str | list[str]: ...
+
+    @overload
+    def generate(
+        self, batch: Sequence[str], *, return_dict: Literal[False] = False, **call: object
+    ) -> list[str] | list[list[str]]: ...
+
+    @overload
+    def generate(
+        self, batch: str | Sequence[str], *, return_dict: Literal[True], **call: object
+    ) -> GenerationOutput: ...
+
+    def generate(  # type: ignore[misc]
+        self,
+        batch: str | Sequence[str],
+        *,
+        steps: int | None = None,
+        num_candidates: int = 1,
+        select: str = "none",
+        seed: int | Sequence[int] | None = 0,
+        batch_size: int = 64,
+        sampler: str | None = None,
+        on_overflow: str = "error",
+        return_dict: bool = False,
+        progress: bool | None = None,
+    ) -> str | list[str] | list[list[str]] | GenerationOutput:
+        """Generate a target for each source: a str gives a str, a list a list in order.
+
+        A prompt's text depends on the prompt, its seed and the arguments below, never on the
+        other prompts of the call.
+
+        Args:
+            batch: one source text, or a list of them.
+            steps: network calls; None: the model's default (1 for a student).
+            num_candidates: candidates a prompt, each from its own noise (at most 64).
+            select: "none" returns all candidates (a list a prompt, if more than one); "mbr"
+                returns the candidate that agrees most with the others.
+            seed: one seed for all prompts, one a prompt, or None for fresh ones.
+            batch_size: rows a network call.
+            sampler: a teacher's sampler, one of `dlmone_fast.samplers.METHODS`.
+            on_overflow: "error" refuses a source above the model's limit, "truncate" cuts it.
+            return_dict: return a `GenerationOutput` instead.
+            progress: show a progress bar; None: for more than one batch on a terminal.
+
+        Raises:
+            PromptError: a prompt is not a str, not Unicode, or too long.
+            UsageError: another argument is out of its bounds.
+            TokenizerMissingError: the model folder has no tokenizer.
+        """
+        options.one_of("select", select, options.SELECTIONS)
+        prompts = options.prompts_of(batch)
+        seeds = options.seeds_of(seed, len(prompts))
+        batched = self.generate_candidates(
+            prompts,
+            num_candidates=num_candidates,
+            steps=steps,
+            seeds=seeds,
+            batch_size=batch_size,
+            sampler=sampler,
+            on_overflow=on_overflow,
+            progress=progress,
+        )
+        chosen = [select_mbr(texts) if select == "mbr" else 0 for texts in batched.texts]
+        if return_dict:
+            return self._output(batched, chosen, seeds, steps)
+        if num_candidates > 1 and select == "none":
+            answers: list[str] | list[list[str]] = batched.texts
+        else:
+            answers = [texts[i] for texts, i in zip(batched.texts, chosen, strict=True)]
+        return answers[0] if isinstance(batch, str) else answers
+
+    def generate_candidates(
+        self,
+        texts: Sequence[str],
+        *,
+        num_candidates: int = 1,
+        steps: int | None = None,
+        seeds: Sequence[int],
+        batch_size: int = 64,
+        sampler: str | None = None,
+        on_overflow: str = "error",
+        progress: bool | None = None,
+    ) -> CandidateBatch:
+        """All candidates of each text, with the ids they were decoded from.
+
+        Arguments as for `generate`, with one seed a text.
+        """
+        started = time.perf_counter()
+        options.whole_number("num_candidates", num_candidates, 1, options.MAX_CANDIDATES)
+        options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
+        options.one_of("on_overflow", on_overflow, options.OVERFLOWS)
+        settings = self.settings.with_call(steps, sampler)
+        encoded = self.tokenizer.encode(list(texts))
+        rows, truncated = self._rows(encoded, seeds, num_candidates, on_overflow)
+        ids = self._generate_rows(rows, settings, batch_size, progress)
+        targets = [
+            row[mask != 0].tolist() for row, mask in zip(ids, rows.mask.to(ids.device), strict=True)
+        ]
+        decoded = [self.tokenizer.decode_clean(target) for target in targets]
+        n = num_candidates
+        return CandidateBatch(
+            texts=[decoded[i : i + n] for i in range(0, len(decoded), n)],
+            token_ids=[targets[i : i + n] for i in range(0, len(targets), n)],
+            truncated=truncated,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _rows(
+        self, encoded: list[list[int]], seeds: Sequence[int], n: int, on_overflow: str
+    ) -> tuple[_Rows, list[bool]]:
+        ids, mask, truncated = source_batch(
+            encoded,
+            self.denoiser.config.seq_len,
+            self.tokenizer,
+            self.settings.max_source_tokens,
+            on_overflow=on_overflow,  # type: ignore[arg-type]
+        )
+        rows = _Rows(
+            ids.repeat_interleave(n, 0),
+            mask.repeat_interleave(n, 0),
+            [seed for seed in seeds for _ in range(n)],
+            list(range(n)) * len(encoded),
+        )
+        return rows, truncated
+
+    def _generate_rows(
+        self, rows: _Rows, settings: GenerationSettings, batch_size: int, progress: bool | None
+    ) -> Tensor:
+        parts = [
+            self.generate_ids(rows.part(first, first + batch_size), settings)
+            for first in _progress(range(0, len(rows), batch_size), progress)
+        ]
+        return torch.cat(parts) if parts else rows.ids
+
+    @torch.inference_mode()
+    def generate_ids(self, rows: _Rows, settings: GenerationSettings) -> Tensor:
+        """Ids [B, L] of one network batch; source positions keep their ids."""
+        ids, mask = rows.ids.to(self.device), rows.mask.to(self.device)
+        x0 = self._embeddings(rows, ids, mask, settings)
+        return torch.where(mask == 0, ids, self.denoiser.round(x0))
+
+    def _embeddings(
+        self, rows: _Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
+    ) -> Tensor:
+        source = self._table[ids]
+
+        def noise(step: int) -> Tensor:
+            length, width = source.shape[1:]
+            stream = Stream.GENERATION
+            samples = rows.candidates
+            return normal(rows.seeds, stream, samples, step, length, width, device=self.device)
+
+        schedule = self.denoiser.schedule
+        if settings.kind == "teacher":
+            chosen = SamplerOptions(settings.sampler, settings.steps)
+            to_embedding = self.denoiser.round_to_embedding
+            return sample(self._predict, schedule, chosen, source, mask, noise, to_embedding)
+        t_init, steps, scale = settings.t_init, settings.steps, settings.scale_latent
+        return generate_embeddings(
+            self._predict, schedule, t_init, steps, source, mask, noise, scale
+        )
+
+    def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.precision == "fp32":
+            return self.denoiser(x_t, t)  # type: ignore[no-any-return]
+        with torch.autocast(self.device.type, _AUTOCAST[self.precision]):
+            return self.denoiser(x_t, t)  # type: ignore[no-any-return]
+
+    def _output(
+        self, batched: CandidateBatch, chosen: list[int], seeds: list[int], steps: int | None
+    ) -> GenerationOutput:
+        pick = list(enumerate(chosen))
+        return GenerationOutput(
+            texts=[batched.texts[row][i] for row, i in pick],
+            candidates=batched.texts,
+            token_ids=[batched.token_ids[row][i] for row, i in pick],
+            truncated=batched.truncated,
+            seeds=seeds,
+            steps=steps or self.settings.steps,
+            seconds=batched.seconds,
+        )
+
+
+def _progress(batches: range, progress: bool | None) -> Iterator[int]:
+    # tqdm's own None hides the bar when stderr is no terminal.
+    hidden = None if progress is None and len(batches) > 1 else not progress
+    yield from tqdm(batches, desc="generate", unit="batch", disable=hidden, leave=False)

@@ -1,0 +1,96 @@
+"""From a model folder to a `Generator`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.models.denoiser import denoiser_from_folder
+from dlmone_fast.models.folder import ModelFolder, load_folder
+from dlmone_fast.runtime.generator import Generator
+from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.tokenizer import Tokenizer
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def load_model(
+    path: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
+) -> Generator:
+    """Load a model folder, verified against its manifest.
+
+    Args:
+        path: the folder.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16.
+
+    Raises:
+        ModelFileError: the folder is missing, damaged or does not fit.
+        UsageError: the device or dtype does not exist here.
+    """
+    target = pick_device(device)
+    precision = pick_precision(dtype, target)
+    folder = load_folder(path)
+    denoiser = denoiser_from_folder(folder).to(target)
+    tokenizer = _tokenizer(folder, denoiser.config.vocab_size)
+    settings = _settings(folder)
+    if tokenizer is not None:
+        tokenizer.max_chars = settings.max_chars
+    return Generator(denoiser, tokenizer, settings, precision)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a name; auto: a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name!r} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs; use device='cpu' or 'auto'"
+        )
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of a name on a device; auto: fp32 on a CPU, bf16 on a GPU."""
+    if name not in PRECISIONS:
+        raise UsageError(f"dtype must be one of {', '.join(PRECISIONS)}; got {name!r}")
+    if name == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return name
+
+
+def _tokenizer(folder: ModelFolder, vocab_size: int) -> Tokenizer | None:
+    if folder.tokenizer_path is None:
+        return None
+    tokenizer = Tokenizer.from_file(folder.tokenizer_path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ModelFileError(
+            f"{folder.tokenizer_path}: has {tokenizer.vocab_size} tokens, the model's embedding "
+            f"has {vocab_size}; use the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _settings(folder: ModelFolder) -> GenerationSettings:
+    known = {item.name for item in dataclasses.fields(GenerationSettings)}
+    values: dict[str, Any] = {k: v for k, v in folder.generation_config.items() if k in known}
+    values["kind"] = folder.config["kind"]
+    if values["kind"] == "teacher":
+        values = {"sampler": "ddim", "steps": 20, **values}
+    seq_len = int(folder.config["model"]["seq_len"])
+    values.setdefault("max_source_tokens", seq_len // 2)
+    try:
+        return GenerationSettings(**values)
+    except (UsageError, TypeError) as error:
+        where = Path(folder.path) / "generation_config.json"
+        raise ModelFileError(f"{where}: {error}") from error

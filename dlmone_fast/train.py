@@ -1,0 +1,86 @@
+"""`python -m dlmone_fast.train`: train or take a teacher, distil it in two stages, evaluate."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from dlmone_fast.cli import parse, run_command
+from dlmone_fast.config import (
+    PRESETS,
+    Config,
+    from_dict,
+    load_toml,
+    merge,
+    resolve,
+    to_dict,
+    unchecked,
+)
+
+PROG = "python -m dlmone_fast.train"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run; below, every key of the configuration as a flag."""
+
+    config_file: Annotated[str, tyro.conf.arg(name="config")] = ""
+    """TOML file with keys of the configuration; it overrides the preset, flags override it."""
+    phase: Literal["teacher", "stage1", "stage2", "all"] = "all"
+    """Which phase to run; all skips the ones that are finished."""
+    teacher_folder: Annotated[str, tyro.conf.arg(name="teacher")] = ""
+    """Model folder of a teacher to distil, instead of training one."""
+    resume: str = "auto"
+    """auto: continue from the newest intact checkpoint; never: start over; or a checkpoint."""
+    dry_run: bool = False
+    """Print parameters, FLOPs per step, memory and steps, then exit."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    arguments = _arguments(sys.argv[1:] if args is None else args)
+    config = from_dict(to_dict(arguments.settings))
+    if arguments.dry_run:
+        from dlmone_fast.training.plan import describe
+
+        print(describe(config))
+        return
+    from dlmone_fast.comparison import compare_run
+    from dlmone_fast.training import run
+
+    result = run(config, arguments.phase, arguments.teacher_folder, arguments.resume)
+    if arguments.phase in ("all", "stage2") and result.student is not None:
+        print(compare_run(result))
+
+
+def _arguments(args: list[str]) -> Arguments:
+    with unchecked():
+        default = Arguments(settings=_base(args))
+        return parse(Arguments, prog=PROG, description=__doc__ or "", args=args, default=default)
+
+
+def _base(args: list[str]) -> Config:
+    """Preset and file, read ahead of the flags, whose defaults they are."""
+    preset, file = _value(args, "--preset"), _value(args, "--config")
+    if not {"-h", "--help"}.isdisjoint(args) and preset not in PRESETS:
+        preset = ""
+    values = load_toml(file) if file else {}
+    base = resolve(preset or str(values.get("preset", "")))
+    return from_dict(merge(to_dict(base), {k: v for k, v in values.items() if k != "preset"}))
+
+
+def _value(args: list[str], flag: str) -> str:
+    for here, following in zip(args, [*args[1:], ""], strict=True):
+        if here == flag:
+            return following
+        if here.startswith(f"{flag}="):
+            return here.removeprefix(f"{flag}=")
+    return ""
+
+
+if __name__ == "__main__":
+    run_command(main)

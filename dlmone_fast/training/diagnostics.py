@@ -1,0 +1,51 @@
+"""Diagnostics of distillation: is the discriminator useful, do the two terms balance?
+
+What they are for: a discriminator that is right everywhere is dead weight, one that is right
+nowhere is useless; the adversarial term should neither drown nor vanish beside the SiD loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_BINS = 4
+
+
+class DiscriminatorAccuracy:
+    """Share of tokens that the discriminator tells right, by quarter of the timesteps."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self.right = torch.zeros(_BINS)
+        self.count = torch.zeros(_BINS)
+
+    @torch.no_grad()
+    def add(
+        self, t: Tensor, real: Tensor, real_mask: Tensor, fake: Tensor, fake_mask: Tensor
+    ) -> None:
+        """Count logits [B, L] of real and generated text at t [B] on target positions."""
+        bins = (t * _BINS // self.num_timesteps).cpu()
+        for right, mask in (((real > 0), real_mask != 0), ((fake < 0), fake_mask != 0)):
+            self.right.index_add_(0, bins, (right & mask).sum(1).float().cpu())
+            self.count.index_add_(0, bins, mask.sum(1).float().cpu())
+
+    def take(self) -> dict[str, float]:
+        """The accuracies since the last call, for the bins that were seen."""
+        seen = [i for i in range(_BINS) if self.count[i] > 0]
+        shares = {f"accuracy_t{i}": float(self.right[i] / self.count[i]) for i in seen}
+        self.right.zero_()
+        self.count.zero_()
+        return shares
+
+
+def gradient_norms(terms: Mapping[str, Tensor], x: Tensor) -> dict[str, float]:
+    """Norm of each term's gradient at the generated x [B, L, d], a mean over the batch's rows."""
+    norms = {}
+    for name, term in terms.items():
+        if term.requires_grad:
+            (gradient,) = torch.autograd.grad(term.sum(), x, retain_graph=True)
+            norms[f"{name}_gradient_at_x"] = float(gradient.flatten(1).norm(dim=1).mean())
+    return norms

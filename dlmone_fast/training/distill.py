@@ -1,0 +1,125 @@
+"""Both stages of distillation as phases of the training loop, with checkpoint selection."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dlmone_fast.models.checkpoint import Checkpoint
+from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.models.optimizer_state import flatten_optimizer, restore_optimizer
+from dlmone_fast.networks import Backbone, DiffusionLM
+from dlmone_fast.training.loop import State, phase_seed
+from dlmone_fast.training.progress import Progress
+from dlmone_fast.training.stage import Stage
+from dlmone_fast.training.validation import Validator
+from dlmone_fast.training.workspace import Workspace
+
+
+class DistillPhase:
+    """A stage: ψ warm-up, then ψ and θ in turn; the best student by validation score is kept.
+
+    Raw θ and its moving average are both validated: early on the average lags, later it is the
+    steadier one. Step 0 competes too, so a stage never ends worse than it began.
+    """
+
+    def __init__(self, workspace: Workspace, index: int, teacher: Denoiser, start: Backbone) -> None:
+        self.name = f"stage{index}"
+        self.workspace = workspace
+        distill = workspace.config.distill
+        self.config = distill.stage1 if index == 1 else distill.stage2
+        self.steps = self.config.score_warmup_steps + self.config.steps
+        self.save_every, self.batch_size = self.config.save_every, self.config.batch_size
+        self.validate_every = self.config.validate_every
+        seed = phase_seed(workspace.config.seed, index)
+        self.stage = Stage(workspace, self.config, teacher, start, seed)
+        self.teacher = teacher
+        self.validator = Validator(workspace)
+        self.best: dict[str, Tensor] = {}
+        self.best_score, self.best_of = float("-inf"), ""
+
+    def update(self, step: int) -> dict[str, float]:
+        c, stage = self.config, self.stage
+        generator_step = step - c.score_warmup_steps
+        updates = c.score_steps if generator_step >= 0 else 1
+        values: dict[str, float] = {}
+        for k in range(updates):
+            score_step = step * c.score_steps + k
+            values.update(stage.update_score(score_step, self.steps * c.score_steps))
+        if generator_step >= 0:
+            diagnose = generator_step % self.workspace.config.distill.diagnose_every == 0
+            values.update(stage.update_generator(generator_step, c.steps, diagnose))
+            if diagnose:
+                values["fake_net_lag"] = stage.fake_net_lag(step * c.score_steps)
+        if (step + 1) % self.workspace.config.log_every == 0:
+            values.update(stage.accuracy.take())
+        if stage.guard.skipped:
+            values["skipped"] = float(stage.guard.skipped)
+        return values
+
+    def validate(self, step: int, progress: Progress) -> None:
+        if 0 < step <= self.config.score_warmup_steps:
+            return
+        weights = {"raw": dict(self.stage.generator.named_parameters())}
+        if step > 0:
+            weights["ema"] = dict(self.stage.ema.values)
+        metric = self.workspace.config.distill.selection_metric
+        shown = []
+        for which, values in weights.items():
+            student = self.student(values)
+            scores = self.validator.scores(student)
+            progress.record(step, {f"{which}_{name}": value for name, value in scores.items()})
+            shown.append(f"{which} {metric} {scores[metric]:.4f}")
+            if scores[metric] > self.best_score:
+                self.best_score, self.best_of = scores[metric], f"{which} at step {step}"
+                self.best = {k: v.detach().clone() for k, v in values.items()}
+        progress.say(f"{self.name} step {step}: {', '.join(shown)} (best: {self.best_of})")
+        self.validator.show_samples(self.student(self.best), "student", step, progress)
+
+    def student(self, backbone: dict[str, Tensor]) -> Denoiser:
+        """The student with the given backbone weights, sharing the teacher's embeddings."""
+        lm = DiffusionLM(self.teacher.config).to(self.workspace.device)
+        lm.tokens.load_state_dict(self.teacher.lm.tokens.state_dict())
+        lm.backbone.load_state_dict(backbone)
+        return Denoiser(lm, self.teacher.schedule).eval().requires_grad_(False)
+
+    def state(self) -> State:
+        stage = self.stage
+        of_generator, generator = flatten_optimizer(
+            stage.generator_optimizer, dict(stage.generator.named_parameters())
+        )
+        of_score, score = flatten_optimizer(
+            stage.score_optimizer, dict(stage.score.named_parameters())
+        )
+        tensors = {
+            "generator": dict(stage.generator.state_dict()),
+            "score": dict(stage.score.state_dict()),
+            "ema": stage.ema.values,
+            "best": self.best,
+            "generator_optimizer": of_generator,
+            "score_optimizer": of_score,
+            "accuracy": {"right": stage.accuracy.right, "count": stage.accuracy.count},
+        }
+        state = {"generator_optimizer": generator, "score_optimizer": score}
+        state |= {"best_score": self.best_score if self.best_of else None, "best_of": self.best_of}
+        return tensors, state | {"skipped": stage.guard.skipped}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state, stage = checkpoint.tensors, checkpoint.state, self.stage
+        for name, module, optimizer in (
+            ("generator", stage.generator, stage.generator_optimizer),
+            ("score", stage.score, stage.score_optimizer),
+        ):
+            parameters = dict(module.named_parameters())
+            key = f"{name}_optimizer"
+            restore_optimizer(optimizer, parameters, tensors[key], state[key])
+            module.load_state_dict(tensors[name])
+        for name, value in stage.ema.values.items():
+            value.copy_(tensors["ema"][name])
+        stage.accuracy.right.copy_(tensors["accuracy"]["right"])
+        stage.accuracy.count.copy_(tensors["accuracy"]["count"])
+        device = self.workspace.device
+        self.best = {name: value.to(device) for name, value in tensors["best"].items()}
+        self.best_of = state["best_of"]
+        self.best_score = state["best_score"] if self.best_of else float("-inf")
+        stage.guard.skipped = state["skipped"]
+

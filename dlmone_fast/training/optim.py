@@ -1,0 +1,105 @@
+"""Optimisers, learning rates, moving averages, and updates that refuse non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dlmone_fast.errors import DivergedError
+
+
+def learning_rate(base: float, step: int, steps: int, warmup: int, decay: str) -> float:
+    """The learning rate of update `step` (from 0): linear warm-up, then decay to zero."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if decay == "constant":
+        return base
+    # DiffuSeq anneals by step / steps from the first update on; without warm-up so does this.
+    done = (step - warmup) / max(1, steps - warmup)
+    return base * (1 - done if decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Use one learning rate for all of an optimiser's parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def adamw(
+    module: nn.Module, rate: float, beta1: float, beta2: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with epsilon 1e-8 over a module's trainable parameters."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    # foreach: one launch a step instead of one a tensor, on CPUs and GPUs alike.
+    return torch.optim.AdamW(
+        parameters, lr=rate, betas=(beta1, beta2), weight_decay=weight_decay, foreach=True
+    )
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, one update a training step."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move towards the module's parameters."""
+        current = [p.detach() for _, p in module.named_parameters()]
+        torch._foreach_lerp_(list(self.values.values()), current, 1 - self.decay)
+
+
+class UpdateGuard:
+    """Applies gradients only where loss and gradients are finite, and stops a diverged run.
+
+    A step that is not finite changes no parameter and no optimiser state; it is counted, and
+    after `limit` in a row DivergedError ends the run with its last checkpoint intact.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def apply(
+        self,
+        what: str,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        clip_value: float = 0.0,
+    ) -> float | None:
+        """One optimiser step; the gradient norm before clipping, or None for a skipped step."""
+        parameters = list(_parameters(optimizer))
+        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            optimizer.zero_grad(set_to_none=True)
+            self._count(what)
+            return None
+        if clip_value:
+            torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach=True)
+        if clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.in_a_row = 0
+        return float(norm)
+
+    def _count(self, what: str) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            raise DivergedError(
+                f"{what}: loss or gradient was not finite {self.in_a_row} steps in a row; the "
+                "parameters are those of the last good step and the last checkpoint is intact. "
+                "Lower the learning rate or set a gradient clip, then run again"
+            )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]

@@ -1,0 +1,161 @@
+"""The three phases of a run, from configuration to model folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dlmone_fast.config import Config
+from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.models.denoiser import denoiser_from_folder
+from dlmone_fast.models.folder import load_folder
+from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.training.distill import DistillPhase
+from dlmone_fast.training.loop import run_phase
+from dlmone_fast.training.publish import publish
+from dlmone_fast.training.teacher import TeacherPhase
+from dlmone_fast.training.workspace import (
+    PHASES,
+    Workspace,
+    find_vocabulary,
+    open_workspace,
+)
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has produced: its folder, and the model folders of finished phases."""
+
+    root: Path
+    workspace: Workspace
+    teacher: Path | None
+    student: Path | None
+
+
+def train_teacher(config: Config, resume: StrPath = "auto") -> Path:
+    """Train a teacher; returns its model folder. A finished one is returned as it is.
+
+    Args:
+        config: see `dlmone_fast.resolve`.
+        resume: "auto" continues from the newest intact checkpoint, "never" starts over (and
+            removes what the run folder holds), a path continues from that checkpoint.
+    """
+    result = run(config, "teacher", resume=resume)
+    assert result.teacher is not None
+    return result.teacher
+
+
+def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> Path:
+    """Distil a teacher in two stages; returns the student's model folder.
+
+    Args:
+        config: see `dlmone_fast.resolve`.
+        teacher: a model folder; empty: the run's own teacher, which must be trained.
+        resume: as for `train_teacher`; "never" keeps the run's own teacher.
+    """
+    workspace, folder = _open_with_teacher(config, teacher, "auto")
+    for phase in ("stage1", "stage2"):
+        if resume == "never":
+            workspace.clear(phase)
+        _distill(workspace, phase, folder, resume)
+    return workspace.model("stage2")
+
+
+def run(
+    config: Config, phase: str = "all", teacher: StrPath = "", resume: StrPath = "auto"
+) -> RunResult:
+    """Run one phase or all of them in a run folder; finished phases are not run again.
+
+    Args:
+        config: see `dlmone_fast.resolve`.
+        phase: teacher, stage1, stage2, or all.
+        teacher: a model folder to distil instead of training a teacher.
+        resume: "auto", "never" (start over), or the path of a checkpoint of `phase`.
+
+    Raises:
+        UsageError: arguments that contradict each other.
+        DlmOneError: whatever stops a phase; see `training.loop.run_phase`.
+    """
+    if phase not in (*PHASES, "all"):
+        raise UsageError(f"phase must be one of {', '.join(PHASES)}, all; got {phase!r}")
+    if phase == "all" and resume not in ("auto", "never"):
+        raise UsageError("a checkpoint to resume from needs its --phase; got --phase all")
+    if teacher and phase == "teacher":
+        raise UsageError("--teacher names a teacher to distil; it cannot go with --phase teacher")
+    if phase in ("teacher", "all") and not teacher:
+        workspace = open_workspace(config, resume="never" if resume == "never" else "auto")
+        _train_teacher(workspace, "auto" if resume == "never" else resume)
+        folder = workspace.model("teacher")
+    else:
+        workspace, folder = _open_with_teacher(config, teacher, str(resume))
+    for stage in ("stage1", "stage2"):
+        if phase in (stage, "all"):
+            if resume == "never":
+                workspace.clear(stage)
+            _distill(workspace, stage, folder, "auto" if resume == "never" else resume)
+    students = [workspace.model(p) for p in ("stage2", "stage1") if workspace.finished(p)]
+    return RunResult(
+        workspace.root,
+        workspace,
+        folder if (folder / "manifest.json").exists() else None,
+        students[0] if students else None,
+    )
+
+
+def _train_teacher(workspace: Workspace, resume: StrPath) -> None:
+    if workspace.finished("teacher"):
+        return
+    phase = TeacherPhase(workspace)
+    run_phase(phase, workspace, resume)
+    publish(workspace, "teacher", phase.averaged(), f"EMA at step {phase.steps}")
+
+
+def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrPath) -> None:
+    if workspace.finished(name):
+        return
+    teacher = denoiser_from_folder(load_folder(teacher_folder)).to(workspace.device)
+    start = teacher
+    if name == "stage2":
+        if not workspace.finished("stage1"):
+            raise UsageError(
+                f"--phase stage2 starts from the best student of stage 1, and "
+                f"{workspace.model('stage1')} is not there; run --phase stage1 first"
+            )
+        start = denoiser_from_folder(load_folder(workspace.model("stage1"))).to(workspace.device)
+    phase = DistillPhase(workspace, int(name[-1]), teacher, start.lm.backbone)
+    run_phase(phase, workspace, resume)
+    publish(workspace, name, phase.student(phase.best), phase.best_of)
+
+
+def _open_with_teacher(config: Config, teacher: StrPath, resume: str) -> tuple[Workspace, Path]:
+    if not teacher:
+        workspace = open_workspace(config)
+        folder = workspace.model("teacher")
+        if not workspace.finished("teacher"):
+            raise UsageError(
+                f"{folder} is not there: train it with --phase teacher, or name a teacher's "
+                "model folder with --teacher"
+            )
+        return workspace, folder
+    folder = Path(teacher)
+    loaded = load_folder(folder)
+    denoiser = denoiser_from_folder(loaded)
+    config = replace(config, model=denoiser.config, diffusion=denoiser.schedule.config)
+    tokenizer = _teacher_tokenizer(config, loaded.tokenizer_path, folder)
+    return open_workspace(config, tokenizer, "never" if resume == "never" else "auto"), folder
+
+
+def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Tokenizer:
+    if saved is not None:
+        return Tokenizer.from_file(saved)
+    if config.data.vocab_file:
+        vocab = find_vocabulary(config.data.vocab_file, Path(config.data_dir))
+        return Tokenizer.from_vocab_file(vocab, config.data.lowercase)
+    raise ModelFileError(
+        f"{folder} has no tokenizer.json; import the checkpoint again with --vocab, or name its "
+        "vocabulary with --data.vocab-file"
+    )
+

@@ -1,0 +1,73 @@
+"""What a run tells while it goes: a progress bar, metrics.jsonl, and TensorBoard if installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress of one phase.
+
+    Each record is one line of `metrics.jsonl`: phase, step, and what was measured. After a
+    resume from a checkpoint the steps since then are logged again; the last line of a step holds.
+    """
+
+    def __init__(self, root: Path, phase: str, start: int, steps: int, log_every: int) -> None:
+        self.phase = phase
+        self.log_every = log_every
+        self._file = (root / "metrics.jsonl").open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05
+        )
+        self._board = _tensorboard(root)
+        self._samples, self._since = 0, time.perf_counter()
+
+    def advance(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """Note a finished step (counted from 0) of `samples` rows; log it when it is due."""
+        self._samples += samples
+        self._bar.update(1)
+        if (step + 1) % self.log_every and step + 1 != self._bar.total:
+            return
+        now = time.perf_counter()
+        rate = self._samples / max(now - self._since, 1e-9)
+        self._samples, self._since = 0, now
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in list(values.items())[:3]}, refresh=False)
+        self._bar.set_postfix_str(f"{self._bar.postfix}, {rate:.0f} samples/s")
+        self.record(step + 1, {**values, "samples_per_second": rate})
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one record of metrics.jsonl, and its numbers to TensorBoard."""
+        line = {"phase": self.phase, "step": step, **values}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{self.phase}/{name}", value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar and the files."""
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(root: Path) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(root / "tensorboard"))

@@ -1,0 +1,78 @@
+"""From trained networks to a model folder with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import dlmone_fast
+from dlmone_fast.config import to_dict
+from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.models.folder import save_folder
+from dlmone_fast.training.validation import generation_settings
+from dlmone_fast.training.workspace import Workspace
+
+_CARD = """\
+---
+library_name: dlmone_fast
+tags: [text-generation, diffusion, {kind}]
+---
+# {title}
+
+{what} Task: `{task}`; weights: {weights}.
+
+```python
+import dlmone_fast
+
+dlmone_fast.generate(["…"], model="{folder}")
+```
+
+- Method: DiffuSeq (arXiv 2210.08933) teacher, DLM-One (arXiv 2506.00290) distillation.
+- Networks: {layers} layers of width {hidden}, embedding width {d}, {seq_len} positions, \
+{vocab} tokens.
+- Training: the resolved configuration is `config.toml` in the run folder; seed {seed}.
+- Written by dlmone_fast {version}. `manifest.json` holds the hashes that loading verifies.
+
+Quality has not been judged by people. Measure it on your own data with
+`python -m dlmone_fast.evaluate`, beside the copy-the-source and reference rows.
+"""
+
+
+def publish(workspace: Workspace, phase: str, denoiser: Denoiser, weights: str) -> Path:
+    """Write the model folder that a phase ends with.
+
+    Args:
+        workspace: the run.
+        phase: teacher, stage1 or stage2: the folder's name.
+        denoiser: the networks to store.
+        weights: which weights these are, for the card.
+    """
+    config = workspace.config
+    kind = "teacher" if phase == "teacher" else "student"
+    settings = dataclasses.asdict(generation_settings(config, kind))
+    del settings["kind"]
+    target = workspace.model(phase)
+    what = {
+        "teacher": "A diffusion language model: one text takes many network calls.",
+        "student": "A one-step generator, distilled from a diffusion language model.",
+    }[kind]
+    model = denoiser.config
+    card = _CARD.format(
+        kind=kind, title=f"{config.data.task}: {phase}", what=what, task=config.data.task,
+        weights=weights, folder=target, layers=model.num_layers, hidden=model.hidden_size,
+        d=model.embedding_dim, seq_len=model.seq_len, vocab=model.vocab_size, seed=config.seed,
+        version=dlmone_fast.__version__,
+    )  # fmt: skip
+    return save_folder(
+        target,
+        config={
+            "kind": kind,
+            "model": to_dict(model),
+            "diffusion": to_dict(denoiser.schedule.config),
+            "source": {"task": config.data.task, "phase": phase, "weights": weights},
+        },
+        tensors={name: t.detach().cpu() for name, t in denoiser.lm.state_dict().items()},
+        tokenizer_json=workspace.tokenizer.to_json(),
+        generation_config=settings,
+        card=card,
+    )

@@ -1,0 +1,146 @@
+"""Training of the teacher φ (DiffuSeq, arXiv 2210.08933, or its anchored variant)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlmone_fast.data.batches import BatchStream, batch
+from dlmone_fast.diffusion import LossAwareTimesteps, Schedule, TimestepSampler, UniformTimesteps
+from dlmone_fast.kernels.noise import Stream, normal
+from dlmone_fast.losses.teacher import teacher_loss
+from dlmone_fast.models.checkpoint import Checkpoint
+from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.models.optimizer_state import flatten_optimizer, restore_optimizer
+from dlmone_fast.networks import DiffusionLM
+from dlmone_fast.training.loop import State, phase_seed, reseed_dropout
+from dlmone_fast.training.optim import Ema, UpdateGuard, adamw, learning_rate, set_learning_rate
+from dlmone_fast.training.progress import Progress
+from dlmone_fast.training.validation import Validator, validation_loss
+from dlmone_fast.training.workspace import Workspace
+
+
+class TeacherPhase:
+    """The teacher's weights, optimiser, moving average and draws of t."""
+
+    name = "teacher"
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.config = workspace.config.teacher
+        self.steps, self.save_every = self.config.steps, self.config.save_every
+        self.validate_every, self.batch_size = self.config.validate_every, self.config.batch_size
+        self.seed = phase_seed(workspace.config.seed, 0)
+        self.schedule = Schedule(workspace.config.diffusion)
+        self.lm = new_network(workspace)
+        if workspace.config.compile:
+            self.lm.backbone.compile()
+        c = self.config
+        self.optimizer = adamw(self.lm, c.learning_rate, c.beta1, c.beta2, c.weight_decay)
+        self.ema = Ema(self.lm, c.ema_decay)
+        self.guard = UpdateGuard(workspace.config.max_bad_steps)
+        self.timesteps = _timesteps(c.timestep_sampler, workspace.config.diffusion.num_timesteps)
+        self.cache = workspace.cache("train")
+        self.stream = BatchStream(self.cache, self.seed, c.batch_size)
+        self.validator = Validator(workspace)
+
+    def update(self, step: int) -> dict[str, float]:
+        c, total, count = self.config, torch.zeros(()), 0
+        rate = learning_rate(c.learning_rate, step, c.steps, c.warmup_steps, c.decay)
+        set_learning_rate(self.optimizer, rate)
+        self.lm.train()
+        rows = self.stream.batch_rows(step)
+        drawn: list[tuple[Tensor, Tensor]] = []
+        sums: dict[str, float] = {}
+        for index, first in enumerate(range(0, len(rows), c.micro_batch_size)):
+            part = rows[first : first + c.micro_batch_size]
+            slots = torch.arange(first, first + len(part))
+            reseed_dropout(self.seed, step, index)
+            t, weight = self.timesteps.sample(self.seed, step, slots)
+            terms = self.terms(part, t, step, slots)
+            loss = (terms["loss"] * weight.to(terms["loss"].device)).sum() / len(rows)
+            loss.backward()
+            drawn.append((t, terms["loss"].detach()))
+            total = total.to(loss.device) + loss.detach()
+            count += len(part)
+            for name in ("mse", "nll"):
+                sums[name] = sums.get(name, 0.0) + float(terms[name].detach().sum())
+        norm = self.guard.apply("teacher", total, self.optimizer, c.clip_norm)
+        if norm is not None:
+            self.ema.update(self.lm)
+            for t, losses in drawn:
+                self.timesteps.update(t, losses.cpu())
+        means = {name: value / count for name, value in sums.items()}
+        return {"loss": float(total), **means, "learning_rate": rate, **self._gradient(norm)}
+
+    def _gradient(self, norm: float | None) -> dict[str, float]:
+        skipped = {"skipped": float(self.guard.skipped)} if self.guard.skipped else {}
+        return skipped if norm is None else {"gradient_norm": norm, **skipped}
+
+    def terms(self, rows: Any, t: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
+        """Loss terms of rows of the training cache, with noise of (seed, step, slot)."""
+        device = self.workspace.device
+        ids, mask = batch(
+            self.cache, rows, self.lm.config.seq_len, self.workspace.tokenizer
+        )
+        ids, mask, t = ids.to(device), mask.to(device), t.to(device)
+        shape = (ids.shape[1], self.lm.config.embedding_dim)
+        noise = normal(self.seed, Stream.TEACHER_NOISE, slots, step, *shape, device=device)
+        start = noise
+        if self.config.embedding_noise:
+            start = normal(self.seed, Stream.EMBEDDING_NOISE, slots, step, *shape, device=device)
+        with autocast(self.workspace):
+            return teacher_loss(self.lm, self.schedule, self.config, ids, mask, t, noise, start)
+
+    def averaged(self) -> Denoiser:
+        """The moving average of the teacher, ready to use."""
+        lm = DiffusionLM(self.lm.config).to(self.workspace.device)
+        lm.load_state_dict(self.ema.values)
+        return Denoiser(lm, self.schedule).eval().requires_grad_(False)
+
+    def validate(self, step: int, progress: Progress) -> None:
+        if step == 0:
+            return
+        denoiser = self.averaged()
+        loss = validation_loss(self.workspace, denoiser, self.config)
+        progress.record(step, {f"valid_{name}": value for name, value in loss.items()})
+        self.validator.show_samples(denoiser, "teacher", step, progress)
+
+    def state(self) -> State:
+        moments, optimizer = flatten_optimizer(self.optimizer, dict(self.lm.named_parameters()))
+        tensors = {"model": dict(self.lm.state_dict()), "ema": self.ema.values}
+        tensors["optimizer"] = moments
+        if self.timesteps.state():
+            tensors["timesteps"] = self.timesteps.state()
+        return tensors, {"optimizer": optimizer, "skipped": self.guard.skipped}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        parameters = dict(self.lm.named_parameters())
+        restore_optimizer(self.optimizer, parameters, tensors["optimizer"], state["optimizer"])
+        self.lm.load_state_dict(tensors["model"])
+        for name, value in self.ema.values.items():
+            value.copy_(tensors["ema"][name])
+        if "timesteps" in tensors:
+            self.timesteps.restore(tensors["timesteps"])
+        self.guard.skipped = state["skipped"]
+
+
+def new_network(workspace: Workspace) -> DiffusionLM:
+    """A network initialised from the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(workspace.config.seed % (1 << 63))
+        lm = DiffusionLM(workspace.config.model)
+    return lm.to(workspace.device)
+
+
+def autocast(workspace: Workspace) -> torch.autocast:
+    """The run's precision as a context for forward passes; weights stay float32."""
+    return torch.autocast(workspace.device.type, torch.bfloat16, enabled=workspace.bf16)
+
+
+def _timesteps(name: str, num_timesteps: int) -> TimestepSampler:
+    kinds = {"uniform": UniformTimesteps, "loss-aware": LossAwareTimesteps}
+    return kinds[name](num_timesteps)  # type: ignore[no-any-return]

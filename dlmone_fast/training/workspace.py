@@ -1,0 +1,217 @@
+"""The run folder: resolved configuration, tokenizer, token caches, checkpoints, model folders.
+
+    RUN/config.toml          the resolved configuration
+    RUN/tokenizer.json
+    RUN/data/                rows of a generated task
+    RUN/cache/               token caches
+    RUN/checkpoints/PHASE/   training checkpoints of teacher, stage1, stage2
+    RUN/teacher/ RUN/stage1/ RUN/stage2/    model folders
+    RUN/metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlmone_fast.config import Config, from_dict, to_dict, to_toml
+from dlmone_fast.data.cache import TokenCache, open_or_build
+from dlmone_fast.data.rows import find_split, read_rows
+from dlmone_fast.errors import ConfigError, DataError
+from dlmone_fast.files import write_atomically
+from dlmone_fast.runtime.loading import pick_device
+from dlmone_fast.tasks import grammar
+from dlmone_fast.tokenizer import Tokenizer
+
+PHASES = ("teacher", "stage1", "stage2")
+
+_GENERATED_ROWS = 1000
+
+# What may differ between two starts of one run without changing its result.
+_FREE_KEYS = (
+    "output_dir",
+    "data_dir",
+    "device",
+    "compile",
+    "precision",
+    "log_every",
+    "max_bad_steps",
+    "evaluation",
+    "preset",
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """An open run folder."""
+
+    config: Config
+    root: Path
+    data_dir: Path
+    device: torch.device
+    tokenizer: Tokenizer
+
+    @property
+    def bf16(self) -> bool:
+        """Whether forward passes run in bf16 autocast."""
+        precision = self.config.precision
+        return precision == "bf16" or (precision == "auto" and multiplies_bf16(self.device))
+
+    def cache(self, split: str) -> TokenCache:
+        """The token cache of a split, built on first use."""
+        return open_or_build(find_split(self.data_dir, split), self.tokenizer, self.root / "cache")
+
+    def checkpoints(self, phase: str) -> Path:
+        """Where a phase keeps its training checkpoints."""
+        return self.root / "checkpoints" / phase
+
+    def model(self, phase: str) -> Path:
+        """The model folder that a phase ends with."""
+        return self.root / phase
+
+    def clear(self, phase: str) -> None:
+        """Remove a phase's checkpoints and model folder, to run it again."""
+        for folder in (self.checkpoints(phase), self.model(phase)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def finished(self, phase: str) -> bool:
+        """Whether a phase has written its model folder."""
+        return (self.model(phase) / "manifest.json").exists()
+
+
+def open_workspace(
+    config: Config, tokenizer: Tokenizer | None = None, resume: str = "auto"
+) -> Workspace:
+    """Create or reopen the run folder of a configuration.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: use this one (a given teacher's); None: the run's own, from `data.vocab_file`
+            or learned on the training split.
+        resume: "never" starts over: the phases of an earlier run in the folder are removed.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or the vocabulary differs.
+        DataError: data files are missing or malformed.
+    """
+    root = Path(config.output_dir or f"runs/{config.preset}")
+    root.mkdir(parents=True, exist_ok=True)
+    if resume == "never":
+        _clear(root)
+    data_dir = _data_dir(config, root)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, root, data_dir)
+    config = with_vocabulary(config, tokenizer)
+    _check_same_run(root, config)
+    write_atomically(root / "config.toml", [to_toml(config).encode()])
+    return Workspace(config, root, data_dir, pick_device(config.device), tokenizer)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 natively; emulated, it is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The configuration with the tokenizer's vocabulary size, which must not contradict it."""
+    wanted, found = config.model.vocab_size, tokenizer.vocab_size
+    if wanted not in (0, found):
+        raise ConfigError(
+            f"model.vocab_size is {wanted}, the tokenizer has {found} tokens; set it to {found}, "
+            "to 0 (taken from the tokenizer), or name another data.vocab_file"
+        )
+    return replace(config, model=replace(config.model, vocab_size=found))
+
+
+def _data_dir(config: Config, root: Path) -> Path:
+    if not config.is_grammar:
+        if not config.data_dir:
+            raise DataError(
+                f"--data-dir is missing: preset {config.preset!r} reads "
+                "{train,valid,test}.jsonl[.gz] with src and trg from it"
+            )
+        return Path(config.data_dir)
+    folder = root / "data"
+    # Each split is written in one step and train.jsonl last: it proves them all.
+    if not (folder / "train.jsonl").exists():
+        train, valid, test = config.data.train_rows, _GENERATED_ROWS, _GENERATED_ROWS
+        grammar.write_splits(folder, config.data.task, config.seed, train, valid, test)
+    return folder
+
+
+def _tokenizer(config: Config, root: Path, data_dir: Path) -> Tokenizer:
+    saved = root / "tokenizer.json"
+    if saved.exists():
+        tokenizer = Tokenizer.from_file(saved)
+    elif config.is_grammar:
+        tokenizer = Tokenizer.from_words(grammar.vocabulary(config.data.task))
+    elif config.data.vocab_file:
+        vocab = find_vocabulary(config.data.vocab_file, data_dir)
+        tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
+    else:
+        texts = _texts(find_split(data_dir, "train"))
+        tokenizer = Tokenizer.learn(texts, config.data.vocab_size, config.data.lowercase)
+    tokenizer.max_chars = config.data.max_chars
+    if not saved.exists():
+        tokenizer.save(saved)
+    return tokenizer
+
+
+def find_vocabulary(name: str, data_dir: Path) -> Path:
+    """The vocabulary file, relative to the working folder, the data folder or its parent."""
+    places = [Path(name), data_dir / name, data_dir.parent / name]
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise DataError(f"data.vocab_file {name!r} is not found (looked at {looked}); give its path")
+
+
+def _texts(path: Path) -> Iterator[str]:
+    for row in read_rows(path):
+        yield row.src
+        yield row.trg
+
+
+def _clear(root: Path) -> None:
+    for name in (*PHASES, "checkpoints", "data", "tensorboard"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    for name in ("config.toml", "tokenizer.json", "metrics.jsonl"):
+        (root / name).unlink(missing_ok=True)
+
+
+def _check_same_run(root: Path, config: Config) -> None:
+    file = root / "config.toml"
+    if not file.exists():
+        return
+    try:
+        before = to_dict(from_dict(tomllib.loads(file.read_text(encoding="utf-8"))))
+    except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file}: is not a configuration of this version ({error}); use another --output-dir, "
+            "or --resume never to start over"
+        ) from error
+    changed = list(_differences(before, to_dict(config)))
+    if changed:
+        raise ConfigError(
+            f"{root} holds a run with another configuration ({'; '.join(changed[:5])}); use "
+            "another --output-dir, or --resume never to start over"
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in now.items():
+        if not path and key in _FREE_KEYS:
+            continue
+        if isinstance(value, dict):
+            yield from _differences(before[key], value, f"{path}{key}.")
+        elif before[key] != value:
+            yield f"{path}{key}: {before[key]!r} there, {value!r} now"

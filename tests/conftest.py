@@ -1,0 +1,33 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Tiny tensors gain nothing from many threads, and a fixed number keeps results comparable.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def _optional_directory(variable: str, default: Path) -> Path:
+    path = Path(os.environ.get(variable, default))
+    if not path.is_dir():
+        pytest.skip(f"{variable} names no directory here: {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Recorded outputs of the original implementation."""
+    return _optional_directory("DLMONE_GOLDEN_DIR", ROOT.parent / "shared" / "golden")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The paper's data sets."""
+    return _optional_directory("DLMONE_DATA_DIR", ROOT.parent / "shared" / "data")

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlmone_fast.errors import BackendUnavailableError, UsageError
+from dlmone_fast.kernels import dispatch, native, reference
+from dlmone_fast.kernels.nearest_token import _cpp, nearest_token
+
+PATHS = ("avx512", "avx2", "portable")
+BACKENDS = ("torch", *PATHS)
+
+
+@pytest.fixture(params=BACKENDS)
+def nearest(request: pytest.FixtureRequest):
+    """nearest_token on each backend, and on each instruction set of the native one."""
+    if request.param == "torch":
+        return lambda x, e: nearest_token(x, e, kernel_backend="torch")
+    if request.param not in native.cpu_paths():
+        pytest.skip(f"no native path {request.param} here: {native.why_missing() or 'other CPU'}")
+
+    def on_path(x: Tensor, e: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        return _cpp(rows, e.float(), request.param).view(x.shape[:-1])
+
+    return on_path
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "d"),
+    [
+        (1, 1, 1),
+        (1, 1000, 128),
+        (5, 2, 3),
+        (7, 63, 8),
+        (6, 64, 16),
+        (13, 65, 17),
+        (130, 129, 31),
+        (37, 1021, 100),
+        (1025, 66, 5),
+    ],
+    ids=lambda value: str(value),
+)
+def test_ids_are_the_fp64_answer(nearest, n: int, v: int, d: int):
+    x, e = random(n, d), random(v, d, seed=1)
+    assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+
+
+def test_leading_shape_is_kept(nearest):
+    e = random(50, 12)
+    assert nearest(random(2, 3, 12), e).shape == (2, 3)
+    assert nearest(random(12), e).shape == ()
+    assert nearest(random(0, 12), e).shape == (0,)
+    assert nearest(random(4, 0, 12), e).dtype == torch.int64
+
+
+def test_strided_views(nearest):
+    x = random(20, 2, 24)[:, 1, ::2]
+    e = random(300, 40)[::3, 5:17]
+    transposed = random(12, 100).T
+    assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+    assert torch.equal(nearest(x, transposed), reference.nearest_token(x, transposed))
+    assert torch.equal(nearest(x[:1].expand(9, 12), e), nearest(x[:1], e).expand(9))
+
+
+def test_lowest_id_wins_among_duplicate_rows(nearest):
+    e = random(40, 19).repeat(5, 1)
+    x = e[torch.arange(199, -1, -1)] + 0.01 * random(200, 19, seed=2)
+    assert torch.equal(nearest(x, e), torch.arange(199, -1, -1) % 40)
+
+
+def test_one_row_repeated_gives_id_zero(nearest):
+    e = random(1, 33).expand(500, 33).contiguous()
+    assert nearest(random(9, 33, seed=1), e).eq(0).all()
+
+
+def test_opposite_rows_tie_at_the_origin(nearest):
+    e = torch.tensor([[3.0, 0.0], [0.0, -1.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert nearest(torch.zeros(3, 2), e).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+def test_near_ties_that_fp32_cannot_order(nearest, scale: float):
+    # Every row of the table is one of 20 points moved by an ulp or two: fp32 scores, whose
+    # rounding grows with the norm, are blind to the difference.
+    centres = 4 + random(20, 64)
+    e = centres.repeat(15, 1)
+    ulps = torch.randint(-2, 3, e.shape, generator=generator(3))
+    e = (e * (1 + ulps * 2.0**-23) * scale).contiguous()
+    x = (centres + 0.02 * random(20, 64, seed=4)) * scale
+    expected = reference.nearest_token(x, e)
+    fp32 = torch.addmm(e.square().sum(1) / 2, x, e.T, alpha=-1).argmin(1)
+    assert not torch.equal(fp32, expected), "the case is too easy to prove anything"
+    assert torch.equal(nearest(x, e), expected)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-22, 1e18, 1e30])
+def test_extreme_magnitudes(nearest, magnitude: float):
+    # The squares of these leave fp32's range; fp64 still orders them.
+    x, e = random(11, 10) * magnitude, random(150, 10, seed=1) * magnitude
+    assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+
+
+def test_non_finite_values_never_win(nearest):
+    e = random(100, 6)
+    x = random(8, 6, seed=1)
+    expected = reference.nearest_token(x, e[2:]) + 2
+    e[0, 3], e[1, 2] = torch.nan, torch.inf
+    assert torch.equal(nearest(x, e), expected)
+    x[2, 0], x[5, 1] = torch.nan, -torch.inf
+    expected[2] = expected[5] = 0
+    assert torch.equal(nearest(x, e), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_are_rounded_exactly(dtype: torch.dtype):
+    x, e = random(50, 48).to(dtype), random(333, 48, seed=1).to(dtype)
+    for backend in available_backends():
+        assert torch.equal(
+            nearest_token(x, e, kernel_backend=backend), reference.nearest_token(x, e)
+        )
+
+
+def test_autocast_and_reduced_matmul_precision_do_not_change_ids():
+    x, e = random(200, 64), random(500, 64, seed=1)
+    expected = reference.nearest_token(x, e)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(nearest_token(x, e, kernel_backend="torch"), expected)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_gradients_are_neither_needed_nor_made():
+    x, e = random(3, 4).requires_grad_(), random(5, 4, seed=1).requires_grad_()
+    assert not nearest_token(x, e).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("x", "e", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(5, 4), r"x must have shape \[\.\.\., 4\].*\(2, 3\)"),
+        (torch.zeros(()), torch.zeros(5, 4), "x must have shape"),
+        (torch.zeros(2, 4), torch.zeros(0, 4), "embedding must have shape"),
+        (torch.zeros(2, 0), torch.zeros(5, 0), "embedding must have shape"),
+        (torch.zeros(2, 4), torch.zeros(4), "embedding must have shape"),
+        (torch.zeros(2, 4).double(), torch.zeros(5, 4), "x must be float32"),
+        (torch.zeros(2, 4), torch.zeros(5, 4).long(), "embedding must be float32"),
+        (torch.zeros(2, 4, device="meta"), torch.zeros(5, 4), "one device"),
+    ],
+)
+def test_refusals_name_the_argument(x: Tensor, e: Tensor, message: str):
+    with pytest.raises(UsageError, match=message):
+        nearest_token(x, e)
+
+
+def test_forcing_the_native_backend_without_it_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "why_missing", lambda: "it was left out")
+    x, e = random(2, 3), random(4, 3)
+    assert nearest_token(x, e).shape == (2,)
+    with (
+        dispatch.force_backend("cpp"),
+        pytest.raises(BackendUnavailableError, match=r"it was left out.*Available here: torch"),
+    ):
+        nearest_token(x, e)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 0}, "x is a null pointer"),
+        ({"embedding": 0}, "embedding is a null pointer"),
+        ({"ids": 0}, "ids is a null"),
+        ({"n": -1}, "negative number of rows"),
+        ({"v": 0}, "vocabulary is empty"),
+        ({"d": 0}, "d must lie in"),
+        ({"x_stride": -4}, "negative row stride"),
+        ({"e_stride": 1 << 62}, "address space"),
+        ({"threads": 0}, "threads must lie in"),
+        ({"path": "mmx"}, "no path 'mmx'"),
+    ],
+)
+def test_the_native_side_refuses_what_it_cannot_read(change: dict, message: str):
+    x, e, ids = random(2, 4), random(5, 4), torch.empty(2, dtype=torch.int64)
+    arguments = {
+        "x": x.data_ptr(),
+        "n": 2,
+        "x_stride": 4,
+        "embedding": e.data_ptr(),
+        "v": 5,
+        "e_stride": 4,
+        "d": 4,
+        "ids": ids.data_ptr(),
+        "threads": 1,
+    }
+    with pytest.raises(ValueError, match=message):
+        native.module().nearest_token(**{**arguments, **change})
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+def test_the_number_of_threads_does_not_change_the_result():
+    x, e = random(300, 24), random(200, 24, seed=1)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(nearest_token(x, e, kernel_backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def available_backends() -> list[str]:
+    return ["torch", "cpp"] if native.is_available() else ["torch"]

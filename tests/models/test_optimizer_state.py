@@ -1,0 +1,154 @@
+"""An optimiser continues from its stored state bit for bit, or says why it cannot."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from dlmone_fast.errors import CheckpointError
+from dlmone_fast.models.checkpoint import load_checkpoint, save_checkpoint
+from dlmone_fast.models.optimizer_state import flatten_optimizer, restore_optimizer
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def adamw(net: nn.Module, **options: Any) -> torch.optim.AdamW:
+    weights = [p for n, p in net.named_parameters() if n.endswith("weight")]
+    biases = [p for n, p in net.named_parameters() if n.endswith("bias")]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 3e-4}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.0, 0.999), **options)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        data = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(data).square().mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        optimizer.step()
+
+
+def named(net: nn.Module) -> Mapping[str, Parameter]:
+    return dict(net.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"foreach": True}])
+def test_training_continues_bit_for_bit_through_a_checkpoint(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = network()
+    optimizer = adamw(whole, **options)
+    train(whole, optimizer, range(5))
+    tensors, state = flatten_optimizer(optimizer, named(whole))
+    saved = {"model": whole.state_dict(), "optimizer": tensors}
+    path = save_checkpoint(tmp_path, 5, saved, {"optimizer": state}, "")
+    train(whole, optimizer, range(5, 10))
+
+    loaded = load_checkpoint(path)
+    resumed = network()
+    resumed.load_state_dict(loaded.tensors["model"])
+    fresh = adamw(resumed, **options)
+    restore_optimizer(fresh, named(resumed), loaded.tensors["optimizer"], loaded.state["optimizer"])
+    train(resumed, fresh, range(5, 10))
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in fresh.param_groups]
+    assert [g["betas"] for g in fresh.param_groups] == [(0.0, 0.999)] * 2
+
+
+def test_a_fresh_optimiser_round_trips(tmp_path: Path) -> None:
+    net = network()
+    tensors, state = flatten_optimizer(adamw(net), named(net))
+    assert tensors == {}
+    restore_optimizer(adamw(net), named(net), tensors, json.loads(json.dumps(state)))
+
+
+def stored() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    net = network()
+    optimizer = adamw(net)
+    train(net, optimizer, range(2))
+    tensors, state = flatten_optimizer(optimizer, named(net))
+    return tensors, json.loads(json.dumps(state))
+
+
+def drop_moment(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    del tensors["0.weight/exp_avg"]
+
+
+def add_moment(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    tensors["9.weight/exp_avg"] = torch.zeros(1)
+
+
+def misshape(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    tensors["2.weight/exp_avg_sq"] = torch.zeros(8, 2)
+
+
+def retype(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    tensors["2.weight/exp_avg_sq"] = tensors["2.weight/exp_avg_sq"].double()
+
+
+def rename_class(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    state["class"] = "SGD"
+
+
+def reorder(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    state["groups"][0]["parameters"].reverse()
+
+
+def drop_group(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    state["groups"].pop()
+
+
+def drop_option(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    del state["groups"][0]["weight_decay"]
+
+
+def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    state.clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_moment, r"missing: 0\.weight/exp_avg"),
+        (add_moment, r"unexpected: 9\.weight/exp_avg"),
+        (misshape, r"2\.weight/exp_avg_sq is \[8, 2\]"),
+        (retype, r"2\.weight/exp_avg_sq is .*float64"),
+        (rename_class, "'SGD'"),
+        (reorder, "group 0"),
+        (drop_group, "1 parameter groups"),
+        (drop_option, "weight_decay"),
+        (empty, "must hold keys and groups"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change: Any, message: str) -> None:
+    tensors, state = stored()
+    change(tensors, state)
+    net = network()
+    optimizer = adamw(net)
+    train(net, optimizer, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        restore_optimizer(optimizer, named(net), tensors, state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, values in before["state"].items():
+        assert all(torch.equal(after["state"][index][key], values[key]) for key in values)
+
+
+def test_a_parameter_without_a_name_is_refused() -> None:
+    net = network()
+    with pytest.raises(CheckpointError, match="has no name"):
+        flatten_optimizer(adamw(net), {"0.weight": named(net)["0.weight"]})
