@@ -37,7 +37,7 @@ void check_matrix(const char* name, std::uintptr_t address, int64_t rows, int64_
 
 void nearest_token(std::uintptr_t x, int64_t n, int64_t x_stride, std::uintptr_t e, int64_t v,
                    int64_t e_stride, int64_t d, std::uintptr_t ids, int threads,
-                   const std::string& path) {
+                   const std::string& path, std::uintptr_t margins) {
   require(d >= 1 && d <= (int64_t{1} << 20), "d must lie in [1, 2^20], got " + std::to_string(d));
   require(v >= 1, "the vocabulary is empty");
   require(threads >= 1 && threads <= 1024,
@@ -46,6 +46,7 @@ void nearest_token(std::uintptr_t x, int64_t n, int64_t x_stride, std::uintptr_t
   check_matrix("embedding", e, v, e_stride, d);
   require(n == 0 || (ids != 0 && ids % alignof(int64_t) == 0),
           "ids is a null or misaligned pointer");
+  require(margins % alignof(float) == 0, "margins is a misaligned pointer");
   const dlmone::cpu::NearestToken job = {reinterpret_cast<const float*>(x),
                                          n,
                                          x_stride,
@@ -54,6 +55,7 @@ void nearest_token(std::uintptr_t x, int64_t n, int64_t x_stride, std::uintptr_t
                                          e_stride,
                                          d,
                                          reinterpret_cast<int64_t*>(ids),
+                                         reinterpret_cast<float*>(margins),
                                          threads};
   const py::gil_scoped_release unlocked;
   dlmone::cpu::nearest_token(job, path);
@@ -67,8 +69,9 @@ PYBIND11_MODULE(_C, m) {
         "Instruction-set paths this CPU runs, the fastest first.");
   m.def("nearest_token", &nearest_token, py::arg("x"), py::arg("n"), py::arg("x_stride"),
         py::arg("embedding"), py::arg("v"), py::arg("e_stride"), py::arg("d"), py::arg("ids"),
-        py::arg("threads"), py::arg("path") = "",
-        "ids[i] = argmin_v |x_i - e_v|^2 for fp32 rows at the addresses x and embedding.");
+        py::arg("threads"), py::arg("path") = "", py::arg("margins") = 0,
+        "ids[i] = argmin_v |x_i - e_v|^2 for fp32 rows at the addresses x and embedding; with the "
+        "address of n fp32 numbers in margins, also how much further the next id is.");
 #ifdef DLMONE_WITH_CUDA
   m.attr("built_with_cuda") = true;
   m.def("cuda_runtime_version", &dlmone::cuda::runtime_version, "For example 13000.");

@@ -4,7 +4,8 @@
 //    token, only the lowest fp32 score of the panel. Nothing of size tokens x vocabulary exists.
 // 2. decide: fp32 scores carry an error of at most B, so the answer lies among the ids whose score
 //    is within 2 B of the lowest. Only panels that reach that limit are scored again; a single id
-//    below the limit is the answer, several are compared by their fp64 distances.
+//    below the limit is the answer, several are compared by their fp64 distances. With margins the
+//    limit starts from the second-lowest score, and the two lowest distances are kept.
 //
 // The result does not depend on the number of threads or on the instruction set.
 #include "nearest_token.h"
@@ -12,14 +13,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "packing.h"
 #include "tiles.h"
 
 namespace dlmone::cpu {
@@ -39,21 +39,6 @@ int thread_index() {
 #endif
 }
 
-// Cache-line aligned floats that start uninitialised: every element is written before it is read.
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(::operator new(sizeof(float) * size, kAlignment))) {}
-  float* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
-
 std::vector<const TileKernel*> supported_kernels() {
   std::vector<const TileKernel*> kernels;
 #if defined(__x86_64__)
@@ -70,44 +55,6 @@ const TileKernel& choose_kernel(const std::string& path) {
     if (path.empty() || path == kernel->name) return *kernel;
   }
   throw std::invalid_argument("nearest_token: this CPU has no path '" + path + "'");
-}
-
-// [rows, d] -> [d][lanes], zeros in the lanes beyond `rows`.
-void interleave(const float* from, int64_t stride, int64_t rows, int64_t d, int64_t lanes,
-                float* to) {
-  for (int64_t j = 0; j < lanes; ++j) {
-    const float* row = from + j * stride;
-    for (int64_t k = 0; k < d; ++k) to[k * lanes + j] = j < rows ? row[k] : 0.0f;
-  }
-}
-
-using Vector = float __attribute__((vector_size(16)));
-
-// The same for whole groups of four rows and channels: registers transpose 4 x 4 elements.
-void interleave_fast(const float* from, int64_t stride, int64_t d, int64_t lanes, float* to) {
-  const int64_t whole = d / 4 * 4;
-  for (int64_t j = 0; j < lanes; j += 4) {
-    const float* rows = from + j * stride;
-    for (int64_t k = 0; k < whole; k += 4) {
-      Vector a, b, c, e;
-      __builtin_memcpy(&a, rows + k, sizeof a);
-      __builtin_memcpy(&b, rows + stride + k, sizeof b);
-      __builtin_memcpy(&c, rows + 2 * stride + k, sizeof c);
-      __builtin_memcpy(&e, rows + 3 * stride + k, sizeof e);
-      const Vector ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-      const Vector ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Vector ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5);
-      const Vector ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-      const Vector columns[4] = {__builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5),
-                                 __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7),
-                                 __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5),
-                                 __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) __builtin_memcpy(to + (k + i) * lanes + j, &columns[i], 16);
-    }
-    for (int64_t k = whole; k < d; ++k) {
-      for (int i = 0; i < 4; ++i) to[k * lanes + j + i] = rows[i * stride + k];
-    }
-  }
 }
 
 // Squares summed by folding halves onto each other: an order that any device can follow.
@@ -154,6 +101,28 @@ class Chunk {
   struct Choice {
     int64_t id = -1;
     double distance = -1.0;  // negative: not measured, because nothing competed with `id` yet
+  };
+
+  struct TwoLowest {
+    int64_t id = -1;
+    double lowest = std::numeric_limits<double>::infinity();
+    double second = std::numeric_limits<double>::infinity();
+
+    // Ids come in rising order, so only a smaller distance replaces the choice.
+    void consider(int64_t v, double distance) {
+      if (distance < lowest) {
+        second = lowest;
+        lowest = distance;
+        id = v;
+      } else {
+        second = std::min(second, distance);
+      }
+    }
+  };
+
+  struct Scored {
+    int64_t id;
+    float score;
   };
 
   static int64_t power_of_two(int64_t d) {
@@ -218,7 +187,8 @@ class Chunk {
     const double half = *std::max_element(largest_half_norm_.begin(), largest_half_norm_.end());
 #pragma omp parallel for schedule(dynamic) num_threads(job_.threads)
     for (int64_t first = 0; first < job_.n; first += kSpan) {
-      decide_span(first, std::min(job_.n, first + kSpan), half);
+      const int64_t last = std::min(job_.n, first + kSpan);
+      job_.margins ? measure_span(first, last, half) : decide_span(first, last, half);
     }
   }
 
@@ -247,6 +217,58 @@ class Chunk {
       }
     }
     for (int64_t i = 0; i < count; ++i) job_.ids[first + i] = choice[i].id;
+  }
+
+  // decide_span with margins. The lowest scores of two panels belong to two ids, so the two lowest
+  // distances have scores within 2 B of the second.
+  void measure_span(int64_t first, int64_t last, double largest_half_norm) {
+    std::vector<Scored> near;
+    for (int64_t token = first; token < last; ++token) {
+      float lowest = kInfinity;
+      float second = kInfinity;
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        const float score = smallest_.get()[panel * stride_ + token];
+        second = std::min(second, std::max(lowest, score));
+        lowest = std::min(lowest, score);
+      }
+      const double error = 2.0 * score_error(x_row(token), largest_half_norm);
+      TwoLowest found;
+      if (std::isfinite(lowest + error)) {
+        collect(token, second + error, near);
+        const double limit = second_score(near) + error;
+        for (const Scored& each : near) {
+          if (each.score <= limit) found.consider(each.id, distance(x_row(token), each.id));
+        }
+      } else {
+        for (int64_t v = 0; v < job_.v; ++v) found.consider(v, distance(x_row(token), v));
+      }
+      job_.ids[token] = std::max(found.id, int64_t{0});
+      job_.margins[token] = found.id < 0 ? 0.0f : static_cast<float>(found.second - found.lowest);
+    }
+  }
+
+  // Ids in rising order whose score is at most `limit`, from the panels that reach it.
+  void collect(int64_t token, double limit, std::vector<Scored>& near) const {
+    near.clear();
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      if (!(smallest_.get()[panel * stride_ + token] <= limit)) continue;
+      const int64_t first = panel * kPanelRows;
+      const int64_t last = std::min(job_.v, first + kPanelRows);
+      for (int64_t v = first; v < last; ++v) {
+        const float score = kernel_.score(x_row(token), e_row(v), job_.d);
+        if (score <= limit) near.push_back({v, score});
+      }
+    }
+  }
+
+  static float second_score(const std::vector<Scored>& near) {
+    float lowest = kInfinity;
+    float second = kInfinity;
+    for (const Scored& each : near) {
+      second = std::min(second, std::max(lowest, each.score));
+      lowest = std::min(lowest, each.score);
+    }
+    return second;
   }
 
   // Bound on |fp32 score - exact score| for any order of summation: (d + 4) roundings, each of
@@ -326,6 +348,7 @@ void nearest_token(const NearestToken& job, const std::string& path) {
     NearestToken part = job;
     part.x += first * job.x_stride;
     part.ids += first;
+    if (part.margins != nullptr) part.margins += first;
     part.n = std::min(kChunk, job.n - first);
     Chunk(part, kernel).run();
   }

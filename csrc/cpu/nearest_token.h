@@ -15,7 +15,8 @@ struct NearestToken {
   int64_t v;
   int64_t e_stride;
   int64_t d;
-  int64_t* ids;  // [n], written
+  int64_t* ids;    // [n], written
+  float* margins;  // [n], written, or null
   int threads;
 };
 
@@ -24,6 +25,8 @@ std::vector<std::string> supported_paths();
 
 // ids[i] = argmin_v |x_i - e_v|^2, with distances as computed in fp64 and the lowest id among
 // equals. Distances that are not finite never win; a row without a finite one gets id 0.
+// margins[i] = the second-lowest distance of row i minus the lowest: 0 for equals, infinite without
+// a second finite distance, 0 without a first.
 // `path` is a name from supported_paths(), or empty for the fastest.
 // Throws std::invalid_argument when the path does not exist here.
 void nearest_token(const NearestToken& job, const std::string& path);

@@ -166,7 +166,7 @@ def _grammar(task: str) -> Config:
             validate_every=225,
         ),
         distill=DistillConfig(
-            selection_metric="joint",
+            selection_metric="balanced",
             validation_rows=128,
             diagnose_every=60,
             stage1=stage1,

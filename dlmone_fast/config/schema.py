@@ -298,7 +298,8 @@ class DistillConfig(Section):
     embedding_noise: bool = False
     """Add sigma_0 * noise to real and generated embeddings before noising them."""
     selection_metric: str = "bleu"
-    """Validation score that chooses the best checkpoint: bleu, ibleu, or joint (grammar only)."""
+    """Validation score that chooses the best checkpoint: bleu, ibleu, or balanced (grammar only:
+    the mean of joint correctness and coverage of both registers, so that no collapse wins)."""
     validation_rows: int = 2000
     diagnose_every: int = 500
     """θ updates between the slow diagnostics (fake-net lag, gradient norms of both terms)."""
@@ -314,7 +315,7 @@ class DistillConfig(Section):
         if self.t_min >= self.t_max:
             raise ConfigError(f"t_max must be above t_min ({self.t_min}), got {self.t_max}")
         _one_of(self, ("token_head", "channel_mean"), "discriminator")
-        _one_of(self, ("bleu", "ibleu", "joint"), "selection_metric")
+        _one_of(self, ("bleu", "ibleu", "balanced"), "selection_metric")
         _within(self, 0, 1000, "logit_clamp")
         _within(self, 1, 1_000_000, "validation_rows")
         _within(self, 1, 10_000_000, "diagnose_every")
@@ -398,9 +399,9 @@ class Config(Section):
         self._check_task()
 
     def _check_task(self) -> None:
-        if self.distill.selection_metric == "joint" and not self.is_grammar:
+        if self.distill.selection_metric == "balanced" and not self.is_grammar:
             raise ConfigError(
-                "distill.selection_metric = 'joint' needs data.task = 'grammar' or "
+                "distill.selection_metric = 'balanced' needs data.task = 'grammar' or "
                 f"'grammar-templates', got {self.data.task!r}; use 'bleu' or 'ibleu'"
             )
 

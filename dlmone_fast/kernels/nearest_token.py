@@ -8,6 +8,8 @@ the fp64 distances decide (`reference.squared_distances`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,12 +51,32 @@ def nearest_token(x: Tensor, embedding: Tensor, *, kernel_backend: str | None = 
         UsageError: shapes, dtypes or devices that do not fit.
         BackendUnavailableError: the backend asked for cannot run here.
     """
+    ids: Tensor = _run("nearest_token", x, embedding, kernel_backend)
+    return ids.view(x.shape[:-1])
+
+
+def nearest_token_with_margin(
+    x: Tensor, embedding: Tensor, *, kernel_backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ids of `nearest_token`, and how clear each choice was.
+
+    Arguments and errors as for `nearest_token`.
+
+    Returns:
+        ids: int64 [...].
+        margin: fp32 [...], the second-lowest squared distance minus the lowest, both in fp64: 0
+            for equals and where no distance is finite, infinite where only one is.
+    """
+    ids, margin = _run("nearest_token_with_margin", x, embedding, kernel_backend)
+    return ids.view(x.shape[:-1]), margin.view(x.shape[:-1])
+
+
+def _run(op: str, x: Tensor, embedding: Tensor, kernel_backend: str | None) -> Any:
     _check(x, embedding)
-    backend = dispatch.select("nearest_token", x, embedding, kernel_backend=kernel_backend)
+    backend = dispatch.select(op, x, embedding, kernel_backend=kernel_backend)
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     with torch.no_grad():
-        ids: Tensor = backend.run(rows, embedding.detach().float())
-    return ids.view(x.shape[:-1])
+        return backend.run(rows, embedding.detach().float())
 
 
 def _check(x: Tensor, embedding: Tensor) -> None:
@@ -88,8 +110,20 @@ def _cpp_usable(x: Tensor, embedding: Tensor) -> str | None:
 
 
 def _cpp(x: Tensor, embedding: Tensor, path: str = "") -> Tensor:
-    x, embedding = _unit_stride(x), _unit_stride(embedding)
     ids = torch.empty(len(x), dtype=torch.int64)
+    _call_native(x, embedding, path, ids, 0)
+    return ids
+
+
+def _cpp_with_margin(x: Tensor, embedding: Tensor, path: str = "") -> tuple[Tensor, Tensor]:
+    ids = torch.empty(len(x), dtype=torch.int64)
+    margin = torch.empty(len(x), dtype=torch.float32)
+    _call_native(x, embedding, path, ids, margin.data_ptr())
+    return ids, margin
+
+
+def _call_native(x: Tensor, embedding: Tensor, path: str, ids: Tensor, margins: int) -> None:
+    x, embedding = _unit_stride(x), _unit_stride(embedding)
     native.module().nearest_token(
         x=x.data_ptr(),
         n=len(x),
@@ -101,8 +135,8 @@ def _cpp(x: Tensor, embedding: Tensor, path: str = "") -> Tensor:
         ids=ids.data_ptr(),
         threads=torch.get_num_threads(),
         path=path,
+        margins=margins,
     )
-    return ids
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
@@ -124,9 +158,7 @@ def _torch(x: Tensor, embedding: Tensor) -> Tensor:
 def _search(x: Tensor, embedding: Tensor, half_norms: Tensor) -> Tensor:
     if len(embedding) == 1:
         return torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    # Autocast would run the product in 16 bits, which the error bound does not cover.
-    with torch.autocast(x.device.type, enabled=False):
-        scores = torch.addmm(half_norms, x, embedding.T, alpha=-1)
+    scores = _scores(x, embedding, half_norms)
     lowest, ids = scores.topk(2, dim=1, largest=False)
     limit = lowest[:, 0] + 2 * _score_error(x, half_norms)
     # Written so that NaN counts as unclear.
@@ -139,12 +171,62 @@ def _search(x: Tensor, embedding: Tensor, half_norms: Tensor) -> Tensor:
     return best
 
 
+def _torch_with_margin(x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    half_norms = embedding.square().sum(-1).mul_(0.5)
+    ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    margin = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    per_row = max(len(embedding), 2 * embedding.shape[1])
+    rows_per_pass = max(1, _SCORES_PER_PASS // per_row)
+    for first in range(0, len(x), rows_per_pass):
+        part = slice(first, first + rows_per_pass)
+        ids[part], margin[part] = _search_two(x[part], embedding, half_norms)
+    return ids, margin
+
+
+def _search_two(x: Tensor, embedding: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+    # As `_search`, from the second-lowest score on: the third says whether two ids are enough.
+    count = min(3, len(embedding))
+    scores = _scores(x, embedding, half_norms)
+    lowest, ids = scores.topk(count, dim=1, largest=False)
+    second = min(2, count)
+    limit = lowest[:, second - 1] + 2 * _score_error(x, half_norms)
+    candidates = ids[:, :second].sort(dim=1).values
+    distances = squared_distances(x[:, None], embedding[candidates])
+    best, margin = _best_and_margin(candidates, distances)
+    unclear = ~(lowest[:, 2] > limit) if count == 3 else ~limit.isfinite()
+    for row in unclear.nonzero().squeeze(-1).tolist():
+        near = (~(scores[row] > limit[row])).nonzero().squeeze(-1)
+        found = _best_and_margin(near[None], _distances_to(x[row], embedding, near)[None])
+        best[row], margin[row] = found[0][0], found[1][0]
+    return best, margin
+
+
+def _best_and_margin(candidates: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+    """From candidates [n, k] in rising order and their distances: ids [n] and margins [n]."""
+    lowest = distances.min(dim=1, keepdim=True).values
+    place = (distances == lowest).int().argmax(dim=1, keepdim=True)
+    others = distances.scatter(1, place, torch.inf)
+    margin = (others.min(dim=1).values - lowest.squeeze(1)).float()
+    # Infinite less infinite: no distance is finite, and the choice of id 0 means nothing.
+    return candidates.gather(1, place).squeeze(1), margin.nan_to_num(nan=0.0, posinf=torch.inf)
+
+
+def _scores(x: Tensor, embedding: Tensor, half_norms: Tensor) -> Tensor:
+    # Autocast would run the product in 16 bits, which the error bound does not cover.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addmm(half_norms, x, embedding.T, alpha=-1)
+
+
 def _nearest_of(x: Tensor, embedding: Tensor, candidates: Tensor) -> Tensor:
+    # min and the first place that holds it: argmin alone promises no particular tie.
+    distances = _distances_to(x, embedding, candidates)
+    return candidates[(distances == distances.min()).nonzero()[0, 0]]
+
+
+def _distances_to(x: Tensor, embedding: Tensor, candidates: Tensor) -> Tensor:
     per_pass = max(1, _FP64_ELEMENTS_PER_PASS // embedding.shape[1])
     parts = [squared_distances(x, embedding[ids]) for ids in candidates.split(per_pass)]
-    # min and the first place that holds it: argmin alone promises no particular tie.
-    distances = torch.cat(parts)
-    return candidates[(distances == distances.min()).nonzero()[0, 0]]
+    return torch.cat(parts)
 
 
 def _score_error(x: Tensor, half_norms: Tensor) -> Tensor:
@@ -184,4 +266,9 @@ dispatch.register(
     "nearest_token",
     dispatch.Backend("cpp", _cpp_usable, _cpp),
     dispatch.Backend("torch", lambda x, embedding: None, _torch),
+)
+dispatch.register(
+    "nearest_token_with_margin",
+    dispatch.Backend("cpp", _cpp_usable, _cpp_with_margin),
+    dispatch.Backend("torch", lambda x, embedding: None, _torch_with_margin),
 )

@@ -17,6 +17,20 @@ def nearest_token(x: Tensor, embedding: Tensor) -> Tensor:
     return torch.stack(ids).view(x.shape[:-1]) if ids else rows.new_empty(x.shape[:-1]).long()
 
 
+def margin(x: Tensor, embedding: Tensor) -> Tensor:
+    """fp64 [...]: how much further, in squared distance, the second-nearest row is.
+
+    Infinite without a second finite distance, 0 without a first.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    margins = rows.new_zeros(len(rows), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        distances = squared_distances(row, embedding).sort().values
+        if distances[0].isfinite():
+            margins[i] = distances[1] - distances[0] if len(distances) > 1 else torch.inf
+    return margins.view(x.shape[:-1])
+
+
 def squared_distances(x: Tensor, rows: Tensor) -> Tensor:
     """|x - rows|^2 over the last dimension, fp64; infinite where it is not a number.
 

@@ -15,10 +15,12 @@ from dlmone_fast.data.batches import source_batch
 from dlmone_fast.errors import TokenizerMissingError
 from dlmone_fast.evaluation.mbr import select_mbr
 from dlmone_fast.evaluation.protocol import CandidateBatch
+from dlmone_fast.kernels.nearest_token import nearest_token
 from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime import options
 from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
+from dlmone_fast.runtime.ties import round_canonically
 from dlmone_fast.samplers.loop import SamplerOptions, sample
 from dlmone_fast.samplers.one_step import generate_embeddings
 from dlmone_fast.tokenizer import Tokenizer
@@ -122,7 +124,8 @@ class Generator:
         """Generate a target for each source: a str gives a str, a list a list in order.
 
         A prompt's text depends on the prompt, its seed and the arguments below, never on the
-        other prompts of the call.
+        other prompts of the call: exactly for a student on a CPU in fp32, up to near ties that
+        a product's rounding decides elsewhere.
 
         Args:
             batch: one source text, or a list of them.
@@ -231,8 +234,22 @@ class Generator:
     def generate_ids(self, rows: _Rows, settings: GenerationSettings) -> Tensor:
         """Ids [B, L] of one network batch; source positions keep their ids."""
         ids, mask = rows.ids.to(self.device), rows.mask.to(self.device)
-        x0 = self._embeddings(rows, ids, mask, settings)
-        return torch.where(mask == 0, ids, self.denoiser.round(x0))
+        x0, target = self._embeddings(rows, ids, mask, settings), mask != 0
+        if len(rows) > 1 and self._has_canonical_ids(settings):
+
+            def alone(row: int) -> Tensor:
+                return self.generate_ids(rows.part(row, row + 1), settings)[0]
+
+            found, _ = round_canonically(x0, target, self._table, alone)
+            return torch.where(target, found, ids)
+        ids[target] = nearest_token(x0[target], self._table)
+        return ids
+
+    def _has_canonical_ids(self, settings: GenerationSettings) -> bool:
+        # A sampler that rounds on its way, or 16-bit noise, is beyond what margins can mend.
+        return (
+            settings.kind == "student" and self.precision == "fp32" and self.device.type == "cpu"
+        )
 
     def _embeddings(
         self, rows: _Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
@@ -248,12 +265,16 @@ class Generator:
         schedule = self.denoiser.schedule
         if settings.kind == "teacher":
             chosen = SamplerOptions(settings.sampler, settings.steps)
-            to_embedding = self.denoiser.round_to_embedding
-            return sample(self._predict, schedule, chosen, source, mask, noise, to_embedding)
+            return sample(
+                self._predict, schedule, chosen, source, mask, noise, self._round_to_embedding
+            )
         t_init, steps, scale = settings.t_init, settings.steps, settings.scale_latent
         return generate_embeddings(
             self._predict, schedule, t_init, steps, source, mask, noise, scale
         )
+
+    def _round_to_embedding(self, x: Tensor) -> Tensor:
+        return self._table[nearest_token(x, self._table)]
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         if self.precision == "fp32":

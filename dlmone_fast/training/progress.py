@@ -29,19 +29,26 @@ class Progress:
         )
         self._board = _tensorboard(root)
         self._samples, self._since = 0, time.perf_counter()
+        self._latest: dict[str, float] = {}
 
     def advance(self, step: int, samples: int, values: Mapping[str, float]) -> None:
-        """Note a finished step (counted from 0) of `samples` rows; log it when it is due."""
+        """Note a finished step (counted from 0) of `samples` rows; log it when it is due.
+
+        A record holds the latest value of everything noted since the one before, so that what is
+        measured rarely is not lost between two records.
+        """
         self._samples += samples
+        self._latest.update(values)
         self._bar.update(1)
         if (step + 1) % self.log_every and step + 1 != self._bar.total:
             return
         now = time.perf_counter()
         rate = self._samples / max(now - self._since, 1e-9)
         self._samples, self._since = 0, now
-        self._bar.set_postfix({k: f"{v:.4g}" for k, v in list(values.items())[:3]}, refresh=False)
-        self._bar.set_postfix_str(f"{self._bar.postfix}, {rate:.0f} samples/s")
-        self.record(step + 1, {**values, "samples_per_second": rate})
+        shown = ", ".join(f"{k}={v:.4g}" for k, v in list(self._latest.items())[:3])
+        self._bar.set_postfix_str(f"{shown}, {rate:.0f} samples/s")
+        self.record(step + 1, {**self._latest, "samples_per_second": rate})
+        self._latest = {}
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one record of metrics.jsonl, and its numbers to TensorBoard."""

@@ -55,6 +55,7 @@ class Validator:
         if several:
             exact = grammar.score(self._sources, texts)
             scores.update({k: v for k, v in exact.items() if isinstance(v, float)})
+            scores["balanced"] = 0.5 * (scores["joint"] + scores["both_registers"])
         return scores
 
     def show_samples(

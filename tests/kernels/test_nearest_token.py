@@ -6,7 +6,12 @@ from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels import dispatch, native, reference
-from dlmone_fast.kernels.nearest_token import _cpp, nearest_token
+from dlmone_fast.kernels.nearest_token import (
+    _cpp,
+    _cpp_with_margin,
+    nearest_token,
+    nearest_token_with_margin,
+)
 
 PATHS = ("avx512", "avx2", "portable")
 BACKENDS = ("torch", *PATHS)
@@ -25,6 +30,16 @@ def nearest(request: pytest.FixtureRequest):
         return _cpp(rows, e.float(), request.param).view(x.shape[:-1])
 
     return on_path
+
+
+@pytest.fixture(params=BACKENDS)
+def with_margin(request: pytest.FixtureRequest):
+    """nearest_token_with_margin on each backend and instruction set."""
+    if request.param == "torch":
+        return lambda x, e: nearest_token_with_margin(x, e, kernel_backend="torch")
+    if request.param not in native.cpu_paths():
+        pytest.skip(f"no native path {request.param} here: {native.why_missing() or 'other CPU'}")
+    return lambda x, e: _cpp_with_margin(x, e, request.param)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -121,6 +136,55 @@ def test_non_finite_values_never_win(nearest):
     assert torch.equal(nearest(x, e), expected)
 
 
+@pytest.mark.parametrize(
+    ("n", "v", "d"), [(1, 2, 1), (7, 63, 8), (6, 64, 16), (130, 129, 31), (1025, 66, 5)]
+)
+def test_margins_are_the_fp64_differences(with_margin, n: int, v: int, d: int):
+    x, e = random(n, d), random(v, d, seed=1)
+    ids, margin = with_margin(x, e)
+    assert torch.equal(ids, reference.nearest_token(x, e))
+    assert margin.dtype == torch.float32
+    torch.testing.assert_close(margin.double(), reference.margin(x, e), rtol=1e-6, atol=0)
+
+
+def test_margins_of_near_ties_beyond_fp32(with_margin):
+    # One ulp of the large table is far more than the rounding of its scores.
+    centres = 4 + random(30, 64)
+    e = centres.repeat(9, 1)
+    e = e * (1 + torch.randint(-2, 3, e.shape, generator=generator(3)) * 2.0**-23)
+    x = centres + 0.02 * random(30, 64, seed=4)
+    ids, margin = with_margin(x, e)
+    assert torch.equal(ids, reference.nearest_token(x, e))
+    torch.testing.assert_close(margin.double(), reference.margin(x, e), rtol=1e-5, atol=1e-12)
+
+
+def test_duplicate_rows_have_margin_zero(with_margin):
+    e = random(80, 19).repeat(3, 1)
+    ids, margin = with_margin(e + 0.01 * random(240, 19, seed=2), e)
+    assert torch.equal(ids, torch.arange(240) % 80)
+    assert margin.eq(0).all()
+
+
+def test_margin_without_a_second_or_a_first_distance(with_margin):
+    x = random(4, 6)
+    assert with_margin(x, random(1, 6, seed=1))[1].eq(torch.inf).all()
+    table = random(90, 6, seed=1)
+    x[2, 0] = torch.nan
+    ids, margin = with_margin(x, table)
+    assert ids[2] == 0
+    assert margin[2] == 0
+    table[:89] = torch.inf
+    ids, margin = with_margin(x[:2], table)
+    assert ids.eq(89).all()
+    assert margin.eq(torch.inf).all()
+
+
+def test_margin_keeps_the_leading_shape():
+    ids, margin = nearest_token_with_margin(random(2, 3, 12), random(50, 12, seed=1))
+    assert ids.shape == margin.shape == (2, 3)
+    assert nearest_token_with_margin(random(0, 12), random(50, 12))[1].shape == (0,)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_rounded_exactly(dtype: torch.dtype):
     x, e = random(50, 48).to(dtype), random(333, 48, seed=1).to(dtype)
@@ -183,6 +247,7 @@ def test_forcing_the_native_backend_without_it_is_refused(monkeypatch: pytest.Mo
         ({"x": 0}, "x is a null pointer"),
         ({"embedding": 0}, "embedding is a null pointer"),
         ({"ids": 0}, "ids is a null"),
+        ({"margins": 2}, "margins is a misaligned pointer"),
         ({"n": -1}, "negative number of rows"),
         ({"v": 0}, "vocabulary is empty"),
         ({"d": 0}, "d must lie in"),

@@ -1,0 +1,266 @@
+"""Measure the systems of a run on its test split, side by side in one process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dlmone_fast.comparison.quality import GRAMMAR, TEXT, Metric, Quality
+from dlmone_fast.data.rows import load_rows
+from dlmone_fast.evaluation.run import row_seeds
+from dlmone_fast.evaluation.table import Table
+from dlmone_fast.files import write_atomically
+from dlmone_fast.models.denoiser import denoiser_from_folder
+from dlmone_fast.models.folder import load_folder
+from dlmone_fast.runtime import Generator, load_model
+from dlmone_fast.tasks.paper import paper_rows
+from dlmone_fast.training import RunResult
+from dlmone_fast.training.validation import generation_settings
+
+# Row-calls of the network that one system may spend on quality; long samplers get fewer rows.
+_ROW_CALLS = 20_480
+_FEWEST_ROWS = 24
+_LATENCY_RUNS = 100
+_LATENCY_SECONDS = 4.0
+_SEARCH_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+_SEARCH_METHODS = ("ddim", "q-sampling", "dpm-solver++")
+_SEARCH_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of the table."""
+
+    system: str
+    steps: int | None
+    samples: int
+    scores: dict[str, Any]
+    seconds: float | None
+
+
+class Comparison:
+    """The systems of a run, its test rows, and the task's measures."""
+
+    def __init__(self, result: RunResult, say: Callable[[str], None]) -> None:
+        workspace = result.workspace
+        self.result, self.workspace, self.config, self.say = result, workspace, workspace.config, say
+        self.quality = GRAMMAR if self.config.is_grammar else TEXT
+        self.rows = load_rows(workspace.data_dir, "test", limit=self.config.evaluation.rows)
+        self.candidates = self.config.evaluation.candidates
+        self.student = load_model(result.student, self.config.device)  # type: ignore[arg-type]
+        self.teacher = self._teacher()
+
+    def _teacher(self) -> Generator | None:
+        if self.result.teacher is None:
+            return None
+        denoiser = denoiser_from_folder(load_folder(self.result.teacher)).to(self.student.device)
+        settings = generation_settings(self.config, "teacher")
+        return Generator(denoiser, self.student.tokenizer, settings, self.student.precision)
+
+    def undistilled(self) -> Generator:
+        """θ = φ: the teacher called once at t_init, as the student is."""
+        assert self.teacher is not None
+        settings = self.student.settings
+        return Generator(
+            self.teacher.denoiser, self.student.tokenizer, settings, self.student.precision
+        )
+
+    def measure(
+        self, system: str, model: Generator, steps: int, sampler: str | None = None
+    ) -> Measured:
+        """Quality on as many rows as the budget allows, and seconds a sample at batch 1."""
+        self.say(f"measuring {system}, {steps} calls")
+        rows, candidates = self._affordable(steps)
+        scores = self.scores(model, steps, sampler, rows, candidates)
+        seconds = self.latency(model, steps, sampler)
+        return Measured(system, steps, rows * candidates, scores, seconds)
+
+    def scores(
+        self, model: Generator, steps: int, sampler: str | None, rows: int, candidates: int
+    ) -> dict[str, Any]:
+        """Scores of a model on the first rows of the test split."""
+        chosen = self.rows[:rows]
+        batch = model.generate_candidates(
+            [row.src for row in chosen],
+            num_candidates=candidates,
+            steps=steps,
+            sampler=sampler,
+            seeds=row_seeds(self.config.seed, len(chosen)),
+            batch_size=self.config.evaluation.batch_size,
+            on_overflow="truncate",
+        )
+        return self.score_texts(batch.texts)
+
+    def score_texts(self, texts: list[list[str]]) -> dict[str, Any]:
+        """Scores of candidates [n][candidates] of the first n rows."""
+        normal_text = self.student.normalize_text
+        chosen = self.rows[: len(texts)]
+        sources = [normal_text(row.src) for row in chosen]
+        references = [normal_text(row.trg) for row in chosen]
+        bootstrap = self.config.evaluation.bootstrap
+        return dict(self.quality.score(sources, references, texts, bootstrap))
+
+    def latency(self, model: Generator, steps: int, sampler: str | None) -> float:
+        """Mean seconds of a whole call, text in and text out, for one prompt."""
+        sources = [row.src for row in self.rows[:_LATENCY_RUNS]]
+
+        def call(source: str) -> None:
+            model.generate(
+                source, steps=steps, sampler=sampler, on_overflow="truncate", progress=False
+            )
+
+        call(sources[0])
+        times: list[float] = []
+        while len(times) < _LATENCY_RUNS and (len(times) < 2 or sum(times) < _LATENCY_SECONDS):
+            started = time.perf_counter()
+            call(sources[len(times) % len(sources)])
+            times.append(time.perf_counter() - started)
+        return sum(times) / len(times)
+
+    def reference_rows(self) -> list[Measured]:
+        """The source as output, and the reference as output."""
+        normal_text = self.student.normalize_text
+        copies = [[normal_text(row.src)] for row in self.rows]
+        references = [[normal_text(row.trg)] for row in self.rows]
+        return [
+            Measured("copy of the source", None, len(copies), self.score_texts(copies), None),
+            Measured("reference", None, len(references), self.score_texts(references), None),
+        ]
+
+    def fewest_teacher_steps(self, student: float) -> Measured | None:
+        """The teacher sampler with the fewest calls whose headline is not below the student's."""
+        assert self.teacher is not None
+        _, candidates = self._affordable(1)
+        rows = min(_SEARCH_ROWS, len(self.rows))
+        for steps in _SEARCH_STEPS:
+            self.say(f"searching the fewest-step teacher, {steps} calls")
+            found = [
+                (self.scores(self.teacher, steps, method, rows, min(4, candidates)), method)
+                for method in _SEARCH_METHODS
+            ]
+            scores, method = max(found, key=lambda pair: float(pair[0][self.quality.headline]))
+            if scores[self.quality.headline] >= student - self.quality.tolerance:
+                seconds = self.latency(self.teacher, steps, method)
+                samples = rows * min(4, candidates)
+                return Measured(f"teacher, {method}", steps, samples, scores, seconds)
+        return None
+
+    def _affordable(self, steps: int) -> tuple[int, int]:
+        limit = self.config.evaluation.teacher_rows if steps > 4 else self.config.evaluation.rows
+        rows = min(limit, len(self.rows))
+        samples = max(_FEWEST_ROWS, _ROW_CALLS // steps)
+        if rows * self.candidates <= samples or steps <= 4:
+            return rows, self.candidates
+        per_source = max(1, min(self.candidates, samples // rows))
+        return min(rows, max(_FEWEST_ROWS, samples // per_source)), per_source
+
+
+def compare_run(result: RunResult, say: Callable[[str], None] | None = None) -> str:
+    """Measure a finished run; returns the table as Markdown and writes `comparison.json`.
+
+    Args:
+        result: a run with a student; its teacher's rows need its teacher folder.
+        say: called with a line before each measurement.
+    """
+    comparison = Comparison(result, say or (lambda _: None))
+    measured = list(_systems(comparison))
+    student = next(row for row in measured if row.system == "student" and row.steps == 1)
+    fewest = None
+    if comparison.teacher is not None:
+        fewest = comparison.fewest_teacher_steps(float(student.scores[comparison.quality.headline]))
+    _write(comparison, measured, fewest)
+    return "\n\n".join(
+        [_table(comparison, measured).markdown(), *_notes(comparison, measured, student, fewest)]
+    )
+
+
+def _systems(comparison: Comparison) -> Any:
+    evaluation = comparison.config.evaluation
+    total = comparison.student.denoiser.schedule.num_timesteps
+    if comparison.teacher is not None:
+        for steps in map(int, evaluation.teacher_steps.split()):
+            method = "ancestral" if steps == total else "ddim"
+            yield comparison.measure(f"teacher, {method}", comparison.teacher, steps, method)
+        yield comparison.measure("undistilled (θ = φ)", comparison.undistilled(), 1)
+    if comparison.workspace.finished("stage1") and comparison.workspace.finished("stage2"):
+        first = load_model(comparison.workspace.model("stage1"), comparison.config.device)
+        yield comparison.measure("student of stage 1", first, 1)
+    for steps in map(int, evaluation.student_steps.split()):
+        yield comparison.measure("student", comparison.student, steps)
+    yield from comparison.reference_rows()
+
+
+def _table(comparison: Comparison, measured: list[Measured]) -> Table:
+    metrics = comparison.quality.metrics
+    table = Table(["system", "NFE", *(m.title for m in metrics), "n", "ms/sample", "speed-up"])
+    base = _baseline(measured)
+    for row in measured:
+        cells = [_cell(row.scores, metric) for metric in metrics]
+        speed = None if row.seconds is None else f"{1000 * row.seconds:.3g}"
+        ratio = None if row.seconds is None or base is None else f"{base / row.seconds:.3g}×"
+        table.add(row.system, row.steps, *cells, row.samples, speed, ratio)
+    for row in () if comparison.config.is_grammar else paper_rows(comparison.config.data.task):
+        values = {m.name: getattr(row, m.name, None) for m in metrics}
+        cells = [None if v is None else f"{v:.3f}" for v in values.values()]
+        table.add(f"{row.system} (paper)", row.nfe, *cells, None, None, None)
+    return table
+
+
+def _baseline(measured: list[Measured]) -> float | None:
+    slowest = [row for row in measured if row.system == "teacher, ancestral"]
+    return slowest[0].seconds if slowest else None
+
+
+def _cell(scores: dict[str, Any], metric: Metric) -> str | None:
+    value = scores.get(metric.name)
+    if value is None:
+        return None
+    interval = scores.get("intervals", {}).get(metric.name) if metric.with_interval else None
+    width = f" ±{(interval[1] - interval[0]) / 2:.3f}" if interval else ""
+    return f"{value:.3f}{width}"
+
+
+def _notes(
+    comparison: Comparison, measured: list[Measured], student: Measured, fewest: Measured | None
+) -> list[str]:
+    quality, device = comparison.quality, comparison.student.device
+    notes = [
+        f"± half of the 95 % bootstrap interval; ms/sample: mean of whole calls, text in to text "
+        f"out, batch 1, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{comparison.student.precision}."
+    ]
+    base = _baseline(measured)
+    if base is not None and student.seconds:
+        notes.append(
+            f"Speed-up of the one-step student over the {comparison.student.denoiser.schedule.num_timesteps}-step teacher: "
+            f"{base / student.seconds:.0f}×."
+        )
+    notes.append(_honest_note(quality, student, fewest))
+    folder = comparison.result.student
+    notes.append(f"Use it: dlmone_fast.generate([…], model={str(folder)!r})")
+    return notes
+
+
+def _honest_note(quality: Quality, student: Measured, fewest: Measured | None) -> str:
+    headline = quality.headline
+    if fewest is None or not student.seconds or not fewest.seconds:
+        return f"No teacher sampler of up to {_SEARCH_STEPS[-1]} calls reached the student's {headline}."
+    return (
+        f"Speed-up over the fewest-step teacher that is not below the student's {headline} by "
+        f"more than {quality.tolerance}: {fewest.seconds / student.seconds:.1f}× "
+        f"({fewest.system}, {fewest.steps} calls, {headline} {fewest.scores[headline]:.3f} on "
+        f"{fewest.samples} samples)."
+    )
+
+
+def _write(comparison: Comparison, measured: list[Measured], fewest: Measured | None) -> None:
+    rows = [row.__dict__ for row in measured]
+    content = {"rows": rows, "fewest_teacher_steps": fewest.__dict__ if fewest else None}
+    content["config"] = comparison.config.preset
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    write_atomically(comparison.result.root / "comparison.json", [text.encode()])

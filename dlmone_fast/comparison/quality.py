@@ -1,0 +1,100 @@
+"""Scores of a list of candidates, by what the task can measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlmone_fast.evaluation.bootstrap import mean_interval, percentile_interval, resampled_sums
+from dlmone_fast.evaluation.scores import score_generations
+from dlmone_fast.tasks import grammar
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: its title, and whether its 95 % interval is shown."""
+
+    title: str
+    name: str
+    with_interval: bool = False
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a task reports: columns, the headline score, and how near counts as equal."""
+
+    metrics: tuple[Metric, ...]
+    headline: str
+    tolerance: float
+    score: Callable[[Sequence[str], Sequence[str], list[list[str]], int], dict[str, object]]
+
+
+def grammar_scores(
+    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+) -> dict[str, object]:
+    """Exact metrics of the embedded task, with bootstrap intervals over sources."""
+    found = grammar.score(sources, candidates)
+    scores: dict[str, object] = {k: v for k, v in found.items() if isinstance(v, float)}
+    if not bootstrap:
+        return scores
+    per_sample = {name: np.array(rows, float) for name, rows in found["per_sample"].items()}
+    valid = per_sample["valid"]
+    scores["intervals"] = {
+        "valid": mean_interval(valid.mean(1), resamples=bootstrap),
+        "joint": mean_interval(per_sample["joint"].mean(1), resamples=bootstrap),
+        "agreement": _ratio_interval((per_sample["agree"] * valid).sum(1), valid.sum(1), bootstrap),
+    }
+    if candidates and len(candidates[0]) > 1:
+        both = np.array(found["per_source"]["both_registers"], float)
+        scores["intervals"]["both_registers"] = mean_interval(both, resamples=bootstrap)  # type: ignore[index]
+    else:
+        scores["both_registers"] = None
+    return scores
+
+
+def text_scores(
+    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+) -> dict[str, object]:
+    """The paper's metrics and the copy-aware ones."""
+    columns = [list(column) for column in zip(*candidates, strict=True)]
+    return score_generations(sources, references, columns, bootstrap=bootstrap)
+
+
+def _ratio_interval(
+    parts: np.ndarray, wholes: np.ndarray, resamples: int
+) -> tuple[float, float]:
+    sums = resampled_sums(np.stack([parts, wholes], axis=1).astype(float), resamples, 0)
+    return percentile_interval(sums[:, 0] / np.maximum(sums[:, 1], 1))
+
+
+GRAMMAR = Quality(
+    (
+        Metric("valid", "valid", True),
+        Metric("slots", "slot_accuracy"),
+        Metric("agreement", "agreement", True),
+        Metric("joint", "joint", True),
+        Metric("both registers", "both_registers"),
+    ),
+    "joint",
+    0.02,
+    grammar_scores,
+)
+
+TEXT = Quality(
+    (
+        Metric("BLEU", "bleu", True),
+        Metric("source-BLEU", "source_bleu"),
+        Metric("iBLEU", "ibleu", True),
+        Metric("ROUGE-L", "rouge_l", True),
+        Metric("Dist-1", "dist_1"),
+        Metric("Div-4", "div_4"),
+        Metric("self-BLEU", "self_bleu"),
+        Metric("empty", "empty"),
+        Metric("copies", "exact_copy"),
+    ),
+    "ibleu",
+    0.01,
+    text_scores,
+)

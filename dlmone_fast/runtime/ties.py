@@ -1,0 +1,47 @@
+"""Ids that do not depend on the batch: near ties are decided by the row computed alone.
+
+A matrix product sums in an order that depends on its shape, so a row's network output moves by
+about 1e-6 with the size of the batch. Rounding hides that except where two embeddings are almost
+equally near. The canonical answer is the row computed alone; a row of a larger batch whose every
+choice is clearer than `THRESHOLD` has the same ids, and only the others are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dlmone_fast.kernels.nearest_token import nearest_token_with_margin
+
+THRESHOLD = 1e-3
+"""Smallest margin that counts as clear, as a fraction of the mean squared embedding norm.
+
+Measured on CPUs in fp32, batches of 7 and 64 against 1: margins move by at most 4e-6 of that norm
+(12 layers of width 768, 6 of 384, 4 of 128; one and four network calls)."""
+
+
+def round_canonically(
+    x0: Tensor, target: Tensor, table: Tensor, alone: Callable[[int], Tensor]
+) -> tuple[Tensor, int]:
+    """The nearest ids of target positions, as if every row had been computed alone.
+
+    Args:
+        x0: network outputs [B, L, d] of a batch.
+        target: [B, L], true on target positions; others get id 0.
+        table: embeddings [V, d].
+        alone: row → its ids [L], computed in a batch of one.
+
+    Returns:
+        Ids [B, L], and how many rows were computed again.
+    """
+    ids = torch.zeros(target.shape, dtype=torch.int64, device=x0.device)
+    ids[target], margin = nearest_token_with_margin(x0[target], table)
+    unclear = torch.zeros_like(target)
+    # Written so that NaN counts as unclear.
+    unclear[target] = ~(margin > THRESHOLD * table.square().sum(-1).mean())
+    rows = unclear.any(1).nonzero().squeeze(-1).tolist()
+    for row in rows:
+        ids[row] = alone(row)
+    return ids, len(rows)

@@ -1,0 +1,101 @@
+"""Draws of t: their range, their probabilities, and that they depend on their place alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlmone_fast.diffusion import LossAwareTimesteps, TimestepSampler, UniformTimesteps
+
+T = 20
+ROWS = torch.arange(20_000)
+
+
+def warm(losses_of: torch.Tensor, repeats: int = 10) -> LossAwareTimesteps:
+    """A loss-aware sampler that has seen every t `repeats` times."""
+    sampler = LossAwareTimesteps(T)
+    for _ in range(repeats):
+        sampler.update(torch.arange(T), losses_of)
+    return sampler
+
+
+def shares(t: torch.Tensor) -> torch.Tensor:
+    return torch.bincount(t, minlength=T).double() / len(t)
+
+
+def test_uniform_draws_cover_every_t_evenly() -> None:
+    t, weight = UniformTimesteps(T).sample(1, 0, ROWS)
+    assert t.dtype == torch.int64
+    assert (shares(t) - 1 / T).abs().max() < 5 * (1 / T / len(ROWS)) ** 0.5
+    assert torch.equal(weight, torch.ones(len(ROWS)))
+
+
+def test_loss_aware_draws_are_uniform_until_every_t_has_ten_losses() -> None:
+    sampler = warm(torch.linspace(1, 5, T), repeats=9)
+    sampler.update(torch.arange(T - 1), torch.full((T - 1,), 100.0))
+    assert torch.equal(sampler.probabilities(), torch.full((T,), 1 / T).double())
+    t, weight = sampler.sample(1, 0, ROWS)
+    assert (shares(t) - 1 / T).abs().max() < 5 * (1 / T / len(ROWS)) ** 0.5
+    torch.testing.assert_close(weight, torch.ones(len(ROWS)))
+
+
+def test_loss_aware_draws_follow_the_root_mean_square_loss() -> None:
+    losses = torch.linspace(1, 5, T)
+    sampler = warm(losses, repeats=5)
+    for _ in range(5):
+        sampler.update(torch.arange(T), 3 * losses)
+    rms = ((losses**2 + (3 * losses) ** 2) / 2).sqrt().double()
+    expected = 0.999 * rms / rms.sum() + 0.001 / T
+    torch.testing.assert_close(sampler.probabilities(), expected)
+    t, weight = sampler.sample(3, 0, ROWS)
+    assert (shares(t) - expected).abs().max() < 5 * (0.1 / len(ROWS)) ** 0.5
+    torch.testing.assert_close(weight, (1 / (T * expected[t])).float())
+
+
+def test_importance_weights_keep_the_mean_loss() -> None:
+    losses = torch.linspace(0.5, 8, T)
+    sampler = warm(losses)
+    p = sampler.probabilities()
+    assert float(p.sum()) == pytest.approx(1)
+    t, weight = sampler.sample(5, 0, ROWS)
+    assert float(weight.mean()) == pytest.approx(1, abs=0.05)
+    assert float((weight * losses[t]).mean()) == pytest.approx(float(losses.mean()), rel=0.01)
+
+
+def test_a_timestep_without_loss_is_still_drawn() -> None:
+    losses = torch.ones(T)
+    losses[7] = 0
+    p = warm(losses).probabilities()
+    assert float(p[7]) == pytest.approx(0.001 / T)
+
+
+def test_only_the_last_ten_losses_count() -> None:
+    sampler = warm(torch.full((T,), 100.0))
+    for _ in range(10):
+        sampler.update(torch.arange(T), torch.linspace(1, 2, T))
+    torch.testing.assert_close(
+        sampler.probabilities(), warm(torch.linspace(1, 2, T)).probabilities()
+    )
+
+
+@pytest.mark.parametrize("sampler", [UniformTimesteps(T), warm(torch.linspace(1, 5, T))])
+def test_a_draw_depends_on_seed_step_and_sample_alone(sampler: TimestepSampler) -> None:
+    rows = torch.arange(64)
+    t, weight = sampler.sample(7, 3, rows)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    shuffled, shuffled_weight = sampler.sample(7, 3, rows[order])
+    assert torch.equal(shuffled, t[order])
+    assert torch.equal(shuffled_weight, weight[order])
+    assert torch.equal(sampler.sample(7, 3, rows[40:41])[0], t[40:41])
+    for other in (sampler.sample(8, 3, rows), sampler.sample(7, 4, rows)):
+        assert not torch.equal(other[0], t)
+
+
+def test_a_restored_sampler_continues_as_the_original() -> None:
+    original = warm(torch.linspace(1, 5, T), repeats=12)
+    restored = LossAwareTimesteps(T)
+    restored.restore({name: value.clone() for name, value in original.state().items()})
+    for sampler in (original, restored):
+        sampler.update(torch.tensor([0, 0, 3]), torch.tensor([9.0, 8.0, 7.0]))
+    assert torch.equal(original.probabilities(), restored.probabilities())
+    assert torch.equal(original.sample(0, 1, ROWS)[0], restored.sample(0, 1, ROWS)[0])
