@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dlmone_fast.config import Config, resolve
     from dlmone_fast.evaluation.run import evaluate_model
     from dlmone_fast.models.denoiser import Denoiser, load_teacher
-    from dlmone_fast.runtime import GenerationOutput, Generator, generate, load
+    from dlmone_fast.runtime import GenerationOutput, Generator, from_pretrained, generate, load
     from dlmone_fast.training import distill, train_teacher
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ _HOMES = {
     "Generator": "dlmone_fast.runtime",
     "distill": "dlmone_fast.training",
     "evaluate_model": "dlmone_fast.evaluation.run",
+    "from_pretrained": "dlmone_fast.runtime",
     "generate": "dlmone_fast.runtime",
     "load": "dlmone_fast.runtime",
     "load_teacher": "dlmone_fast.models.denoiser",
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "distill",
     "evaluate_model",
+    "from_pretrained",
     "generate",
     "load",
     "load_teacher",

@@ -6,10 +6,14 @@ typeguard (0.1 s, half of what `--help` may take) to check the default of an `X 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, Optional, TypeVar, Union
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, TypeVar, Union
 
 from dlmone_fast.errors import EXIT_INTERRUPTED, EXIT_OK, DlmOneError
 
@@ -24,6 +28,11 @@ OptionalStrs = Union[None, tuple[str, ...]]  # noqa: UP007
 
 # What a shell reports for a program that SIGPIPE ended.
 EXIT_BROKEN_PIPE = 141
+
+_CLASS_OR_FIELD = re.compile(
+    r'^class (?P<class_name>\w+)|^    (?P<field>\w+): [^\n]*\n    """(?P<doc>.*?)"""',
+    re.MULTILINE | re.DOTALL,
+)
 
 ArgsType = TypeVar("ArgsType", bound="DataclassInstance")
 
@@ -44,6 +53,7 @@ def parse(
     """
     import tyro
 
+    _give_help(args_type)
     return tyro.cli(
         args_type,
         prog=prog,
@@ -56,6 +66,40 @@ def parse(
             tyro.conf.PositionalMetavarFromFieldName,
         ),
     )
+
+
+def _give_help(args_type: type) -> None:
+    """Tell tyro the docstring below each field of a dataclass and of those nested in it.
+
+    tyro finds them by itself, by tokenising and compiling the source of each class: 0.2 s for the
+    configuration, against a millisecond for this.
+    """
+    queue: list[type] = [args_type]
+    documented: dict[str, dict[str, dict[str, str]]] = {}
+    while queue:
+        kind = queue.pop()
+        if kind.__module__ not in documented:
+            documented[kind.__module__] = field_docs(sys.modules[kind.__module__])
+        texts = documented[kind.__module__].get(kind.__name__, {})
+        for item in dataclasses.fields(kind):
+            if "help" not in item.metadata:
+                text = texts.get(item.name) or item.name.replace("_", " ").capitalize() + "."
+                item.metadata = MappingProxyType({**item.metadata, "help": text})
+            nested: Any = item.default_factory
+            if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+                queue.append(nested)
+
+
+def field_docs(module: ModuleType) -> dict[str, dict[str, str]]:
+    """Docstrings of one-line field definitions in a module's source, by class and field name."""
+    found: dict[str, dict[str, str]] = {}
+    source = Path(module.__file__ or "").read_text(encoding="utf-8")
+    for match in _CLASS_OR_FIELD.finditer(source):
+        if match["class_name"]:
+            fields = found.setdefault(match["class_name"], {})
+        else:
+            fields[match["field"]] = " ".join(match["doc"].split())
+    return found
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -52,8 +52,11 @@ class EvaluateArgs:
     """Use the first rows only; 0: all."""
     bootstrap: int = 1000
     """Resamples of the 95 % intervals; 0: none."""
+    joint_truncation: bool = False
+    """Cut source and reference together, as DiffuSeq does, not the source to the model's limit."""
     task: OptionalStr = None
-    """Adds the task's own rows or exact metrics; default: the data folder's name if it is one."""
+    """Adds the task's own rows or exact metrics; default: the model's task, or the data folder's
+    name."""
     bertscore_model: OptionalStr = None
     """Local model folder for BERTScore."""
     bertscore_layer: OptionalInt = None
@@ -73,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _check(args)
     task = _task(args)
-    result = _from_files(args, task) if args.generations else _from_model(args, task)
+    if args.generations:
+        result = _from_files(args, task)
+    else:
+        task, result = _from_model(args, task)
     document = json.dumps(result, indent=2, allow_nan=False)
     if args.json:
         print(document)
@@ -132,13 +138,15 @@ def _from_files(args: EvaluateArgs, task: str) -> dict[str, Any]:
     )
 
 
-def _from_model(args: EvaluateArgs, task: str) -> dict[str, Any]:
+def _from_model(args: EvaluateArgs, task: str) -> tuple[str, dict[str, Any]]:
     # The first import of torch: usage errors above must not wait for it.
     from dlmone_fast.evaluation.run import evaluate_model
     from dlmone_fast.runtime import load_model
 
-    return evaluate_model(
-        load_model(str(args.model)),
+    model = load_model(str(args.model))
+    task = task or model.task
+    return task, evaluate_model(
+        model,
         args.data_dir,
         split=args.split,
         num_candidates=args.num_candidates,
@@ -151,6 +159,7 @@ def _from_model(args: EvaluateArgs, task: str) -> dict[str, Any]:
         bootstrap=args.bootstrap,
         bertscore_model=args.bertscore_model,
         bertscore_layer=args.bertscore_layer,
+        joint_truncation=args.joint_truncation,
         exact=_exact_metrics(task),
         generations_dir=args.generations_dir,
     )

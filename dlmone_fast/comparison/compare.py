@@ -12,7 +12,7 @@ import torch
 
 from dlmone_fast.comparison.quality import GRAMMAR, TEXT, Metric, Quality
 from dlmone_fast.data.rows import load_rows
-from dlmone_fast.evaluation.run import row_seeds
+from dlmone_fast.evaluation.seeds import row_seeds
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.denoiser import denoiser_from_folder
@@ -30,6 +30,7 @@ _LATENCY_SECONDS = 4.0
 _SEARCH_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 _SEARCH_METHODS = ("ddim", "q-sampling", "dpm-solver++")
 _SEARCH_ROWS = 128
+_SEARCH_CANDIDATES = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class Comparison:
 
     def __init__(self, result: RunResult, say: Callable[[str], None]) -> None:
         workspace = result.workspace
-        self.result, self.workspace, self.config, self.say = result, workspace, workspace.config, say
+        self.result, self.workspace, self.config, self.say = (
+            result,
+            workspace,
+            workspace.config,
+            say,
+        )
         self.quality = GRAMMAR if self.config.is_grammar else TEXT
         self.rows = load_rows(workspace.data_dir, "test", limit=self.config.evaluation.rows)
         self.candidates = self.config.evaluation.candidates
@@ -75,7 +81,7 @@ class Comparison:
     ) -> Measured:
         """Quality on as many rows as the budget allows, and seconds a sample at batch 1."""
         self.say(f"measuring {system}, {steps} calls")
-        rows, candidates = self._affordable(steps)
+        rows, candidates = self._affordable(model, steps)
         scores = self.scores(model, steps, sampler, rows, candidates)
         seconds = self.latency(model, steps, sampler)
         return Measured(system, steps, rows * candidates, scores, seconds)
@@ -135,26 +141,28 @@ class Comparison:
     def fewest_teacher_steps(self, student: float) -> Measured | None:
         """The teacher sampler with the fewest calls whose headline is not below the student's."""
         assert self.teacher is not None
-        _, candidates = self._affordable(1)
+        candidates = min(_SEARCH_CANDIDATES, self.candidates)
         rows = min(_SEARCH_ROWS, len(self.rows))
         for steps in _SEARCH_STEPS:
             self.say(f"searching the fewest-step teacher, {steps} calls")
             found = [
-                (self.scores(self.teacher, steps, method, rows, min(4, candidates)), method)
+                (self.scores(self.teacher, steps, method, rows, candidates), method)
                 for method in _SEARCH_METHODS
             ]
             scores, method = max(found, key=lambda pair: float(pair[0][self.quality.headline]))
             if scores[self.quality.headline] >= student - self.quality.tolerance:
                 seconds = self.latency(self.teacher, steps, method)
-                samples = rows * min(4, candidates)
+                samples = rows * candidates
                 return Measured(f"teacher, {method}", steps, samples, scores, seconds)
         return None
 
-    def _affordable(self, steps: int) -> tuple[int, int]:
-        limit = self.config.evaluation.teacher_rows if steps > 4 else self.config.evaluation.rows
+    def _affordable(self, model: Generator, steps: int) -> tuple[int, int]:
+        """Rows and candidates for a quality measurement within the budget of row-calls."""
+        evaluation = self.config.evaluation
+        limit = evaluation.teacher_rows if model is self.teacher else evaluation.rows
         rows = min(limit, len(self.rows))
         samples = max(_FEWEST_ROWS, _ROW_CALLS // steps)
-        if rows * self.candidates <= samples or steps <= 4:
+        if model is not self.teacher or rows * self.candidates <= samples:
             return rows, self.candidates
         per_source = max(1, min(self.candidates, samples // rows))
         return min(rows, max(_FEWEST_ROWS, samples // per_source)), per_source
@@ -204,10 +212,10 @@ def _table(comparison: Comparison, measured: list[Measured]) -> Table:
         speed = None if row.seconds is None else f"{1000 * row.seconds:.3g}"
         ratio = None if row.seconds is None or base is None else f"{base / row.seconds:.3g}×"
         table.add(row.system, row.steps, *cells, row.samples, speed, ratio)
-    for row in () if comparison.config.is_grammar else paper_rows(comparison.config.data.task):
-        values = {m.name: getattr(row, m.name, None) for m in metrics}
-        cells = [None if v is None else f"{v:.3f}" for v in values.values()]
-        table.add(f"{row.system} (paper)", row.nfe, *cells, None, None, None)
+    for published in paper_rows(comparison.config.data.task):
+        found = [getattr(published, metric.name, None) for metric in metrics]
+        cells = [None if value is None else f"{value:.3f}" for value in found]
+        table.add(f"{published.system} (paper)", published.nfe, *cells, None, None, None)
     return table
 
 
@@ -234,10 +242,10 @@ def _notes(
         f"out, batch 1, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{comparison.student.precision}."
     ]
-    base = _baseline(measured)
+    base, total = _baseline(measured), comparison.student.denoiser.schedule.num_timesteps
     if base is not None and student.seconds:
         notes.append(
-            f"Speed-up of the one-step student over the {comparison.student.denoiser.schedule.num_timesteps}-step teacher: "
+            f"Speed-up of the one-step student over the {total}-step teacher: "
             f"{base / student.seconds:.0f}×."
         )
     notes.append(_honest_note(quality, student, fewest))
@@ -249,7 +257,8 @@ def _notes(
 def _honest_note(quality: Quality, student: Measured, fewest: Measured | None) -> str:
     headline = quality.headline
     if fewest is None or not student.seconds or not fewest.seconds:
-        return f"No teacher sampler of up to {_SEARCH_STEPS[-1]} calls reached the student's {headline}."
+        most = _SEARCH_STEPS[-1]
+        return f"No teacher sampler of up to {most} calls reached the student's {headline}."
     return (
         f"Speed-up over the fewest-step teacher that is not below the student's {headline} by "
         f"more than {quality.tolerance}: {fewest.seconds / student.seconds:.1f}× "
@@ -259,8 +268,11 @@ def _honest_note(quality: Quality, student: Measured, fewest: Measured | None) -
 
 
 def _write(comparison: Comparison, measured: list[Measured], fewest: Measured | None) -> None:
-    rows = [row.__dict__ for row in measured]
-    content = {"rows": rows, "fewest_teacher_steps": fewest.__dict__ if fewest else None}
-    content["config"] = comparison.config.preset
+    content = {
+        "preset": comparison.config.preset,
+        "seed": comparison.config.seed,
+        "rows": [row.__dict__ for row in measured],
+        "fewest_teacher_steps": fewest.__dict__ if fewest else None,
+    }
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     write_atomically(comparison.result.root / "comparison.json", [text.encode()])

@@ -62,9 +62,7 @@ def text_scores(
     return score_generations(sources, references, columns, bootstrap=bootstrap)
 
 
-def _ratio_interval(
-    parts: np.ndarray, wholes: np.ndarray, resamples: int
-) -> tuple[float, float]:
+def _ratio_interval(parts: np.ndarray, wholes: np.ndarray, resamples: int) -> tuple[float, float]:
     sums = resampled_sums(np.stack([parts, wholes], axis=1).astype(float), resamples, 0)
     return percentile_interval(sums[:, 0] / np.maximum(sums[:, 1], 1))
 

@@ -103,9 +103,7 @@ def _qqp_small() -> Config:
             selection_metric="ibleu",
             validation_rows=512,
             stage1=stage,
-            stage2=replace(
-                stage, steps=5000, sid_weight=0.9, generator_adversarial_weight=0.1
-            ),
+            stage2=replace(stage, steps=5000, sid_weight=0.9, generator_adversarial_weight=0.1),
         ),
         evaluation=EvaluationConfig(teacher_steps="50 20 10 5", teacher_rows=500),
     )

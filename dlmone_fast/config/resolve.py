@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import tomllib
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: An
     """
     values = load_toml(file) if file else {}
     name = preset or values.get("preset", "grammar")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(_unknown("preset", str(name), list(PRESETS)))
     merged = merge(to_dict(PRESETS[name]), values, overrides)
     return from_dict({**merged, "preset": name})
@@ -41,7 +42,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Section) -> dict[str, Any]:
     """The configuration as nested dictionaries of plain values."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+    return dataclasses.asdict(config)  # type: ignore[call-overload]
 
 
 def to_toml(config: Config) -> str:
@@ -80,9 +81,14 @@ def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+@functools.cache
 def _sections(kind: type) -> dict[str, type]:
     hints = get_type_hints(kind)
-    return {key: hint for key, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {
+        key: hint
+        for key, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
 
 
 def _check_keys(kind: type, values: Mapping[str, Any], path: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -44,12 +45,13 @@ class Section:
 def _check_types(section: Section) -> None:
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         value, kind = getattr(section, item.name), item.type
-        if kind == "float" and type(value) is int:
+        if kind == "float" and type(value) in (int, float):
+            # The comparison also refuses NaN, and whole numbers beyond a float's range.
+            if not abs(value) <= sys.float_info.max:
+                raise ConfigError(f"{item.name} must be finite, got {value!r:.40}")
             object.__setattr__(section, item.name, float(value))
         elif kind in _PLAIN and type(value) is not _PLAIN[kind]:
             raise ConfigError(f"{item.name} must be {_KIND_NAMES[kind]}, got {value!r}")
-        if kind == "float" and not abs(getattr(section, item.name)) < float("inf"):
-            raise ConfigError(f"{item.name} must be finite, got {value!r}")
 
 
 _PLAIN: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -129,8 +131,8 @@ class DiffusionConfig(Section):
 
     def check(self) -> None:
         _one_of(self, SCHEDULES, "schedule")
-        # Below 20 steps the linear schedules leave [0, 1].
-        _within(self, 20, 100_000, "num_timesteps")
+        # With 20 steps or fewer the last beta of the linear schedules is 1 or more.
+        _within(self, 21, 100_000, "num_timesteps")
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,8 @@ class DistillConfig(Section):
     )
 
     def check(self) -> None:
-        _within(self, 0, 100_000, "t_init", "t_min", "t_max")
+        _within(self, 1, 100_000, "t_init")
+        _within(self, 0, 100_000, "t_min", "t_max")
         if self.t_min >= self.t_max:
             raise ConfigError(f"t_max must be above t_min ({self.t_min}), got {self.t_max}")
         _one_of(self, ("token_head", "channel_mean"), "discriminator")

@@ -34,12 +34,23 @@ class CandidateModel(Protocol):
         sampler: str | None,
         on_overflow: str,
         progress: bool | None,
+        encoded: Sequence[Sequence[int]] | None = None,
     ) -> CandidateBatch:
         """Generate `num_candidates` texts for each of `texts`, with one seed a text.
+
+        `encoded` holds the texts' ids where they were cut by `encode_jointly`.
 
         None for `steps` and `sampler` means the model's default; for `progress`, a bar on a
         terminal.
         """
+        ...
+
+    def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
+        """Ids of a pair, cut together to the sequence length as DiffuSeq does."""
+        ...
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
         ...
 
     def normalize_text(self, text: str) -> str:

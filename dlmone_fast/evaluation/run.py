@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
 from dlmone_fast.evaluation.generations import read_generations, write_generations
 from dlmone_fast.evaluation.protocol import CandidateBatch, CandidateModel
 from dlmone_fast.evaluation.scores import score_generations
+from dlmone_fast.evaluation.seeds import MAX_SEED, row_seeds
 
 # (sources, candidates of each source) -> the entry `exact` of the result.
 ExactMetrics = Callable[[list[str], list[list[str]]], dict[str, Any]]
 
 MAX_CANDIDATES = 1024
 MAX_BATCH_SIZE = 65_536
-MAX_SEED = 2**64 - 1
 
 
 def evaluate_model(
@@ -42,6 +41,7 @@ def evaluate_model(
     bertscore_model: str | None = None,
     bertscore_layer: int | None = None,
     on_overflow: str = "truncate",
+    joint_truncation: bool = False,
     exact: ExactMetrics | None = None,
     generations_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -61,6 +61,8 @@ def evaluate_model(
         max_rows: use the first rows only; 0: all.
         bootstrap: resamples of the 95 % intervals; 0: none.
         seed: of the texts (each row has its own noise, see `row_seeds`) and of the bootstrap.
+        joint_truncation: cut source and reference together to the sequence length, as DiffuSeq
+            does with its test rows, instead of the source alone to the model's limit.
         exact: task metrics that get the sources and each source's candidates; what they return
             becomes the entry `exact`.
         generations_dir: also write one file per candidate there, in DiffuSeq's format.
@@ -84,8 +86,16 @@ def evaluate_model(
     check_resamples(bootstrap)
     _check_range("seed", seed, 0, MAX_SEED)
     pairs = _rows(data_dir, rows, split, max_rows)
-    sources = [model.normalize_text(row.src) for row in pairs]
-    references = [model.normalize_text(row.trg) for row in pairs]
+    encoded = None
+    if joint_truncation:
+        cut = [model.encode_jointly(row.src, row.trg) for row in pairs]
+        encoded = [source for source, _ in cut]
+        sources, references = (
+            [model.decode_text(ids) for ids in side] for side in zip(*cut, strict=True)
+        )
+    else:
+        sources = [model.normalize_text(row.src) for row in pairs]
+        references = [model.normalize_text(row.trg) for row in pairs]
     batch = model.generate_candidates(
         [row.src for row in pairs],
         num_candidates=num_candidates,
@@ -95,6 +105,7 @@ def evaluate_model(
         sampler=sampler,
         on_overflow=on_overflow,
         progress=progress,
+        encoded=encoded,
     )
     candidates = [list(column) for column in zip(*batch.texts, strict=True)]
     if generations_dir is not None:
@@ -133,16 +144,6 @@ def evaluate_generations(
         _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact),
         {"files": [os.fspath(path) for path in paths]},
     )
-
-
-def row_seeds(seed: int, count: int) -> list[int]:
-    """A 64-bit generation seed for each row, a function of `seed` and the row's place.
-
-    With one seed for all rows they would share their noise, and no resampling of rows could
-    show how much of a score is owed to it.
-    """
-    digests = (hashlib.sha256(f"evaluate/{seed}/{row}".encode()).digest() for row in range(count))
-    return [int.from_bytes(digest[:8], "little") for digest in digests]
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ def token_nll(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> T
     return total / wanted.sum(1)
 
 
-def _nll(
-    tokens: TokenEmbedding, x0: Tensor, ids: Tensor, mask: Tensor, optimised: bool
-) -> Tensor:
+def _nll(tokens: TokenEmbedding, x0: Tensor, ids: Tensor, mask: Tensor, optimised: bool) -> Tensor:
     with torch.set_grad_enabled(optimised and torch.is_grad_enabled()):
         return token_nll(tokens, x0, ids, mask)
 

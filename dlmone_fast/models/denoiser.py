@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
         """x̂0 [B, L, d] of x_t [B, L, d] at timesteps t ([B], or one for all)."""
-        return self.lm(x_t, self.schedule.network_time(self._timesteps(x_t, t)))  # type: ignore[no-any-return]
+        return self.lm(x_t, self.schedule.network_time(self._timesteps(x_t, t)))
 
     def logits(self, h: Tensor) -> Tensor:
         """Decoder logits [..., V] of h [..., d]."""
@@ -146,9 +146,7 @@ def _reset_source(x: Tensor, mask: Tensor | None, x_start: Tensor | None) -> Ten
     return keep_source(x, x_start, mask)
 
 
-def load_teacher(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> Denoiser:
+def load_teacher(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Denoiser:
     """The denoiser of a model folder, in evaluation mode, float32, with frozen parameters.
 
     Args:

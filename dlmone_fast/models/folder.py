@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,21 @@ def save_folder(
             write_json(folder / name, value, ModelFileError)
         for name, part in shards.items():
             write_tensors(folder / name, part)
+
+    return commit_directory(path, write)
+
+
+def copy_folder(folder: ModelFolder, path: StrPath) -> Path:
+    """Write the files of a model folder, as its manifest lists them, under another path.
+
+    Raises:
+        ModelFileError: a file has changed since it was loaded, or cannot be read or written.
+    """
+    verify_manifest(folder.path, ModelFileError)
+
+    def write(target: Path) -> None:
+        for name in folder.files:
+            shutil.copyfile(folder.path / name, target / name)
 
     return commit_directory(path, write)
 

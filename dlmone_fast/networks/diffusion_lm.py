@@ -20,4 +20,4 @@ class DiffusionLM(nn.Module):
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
         """x̂0 [B, L, d] of x_t [B, L, d] at network time [B]."""
-        return self.backbone(x_t, time)  # type: ignore[no-any-return]
+        return self.backbone(x_t, time)

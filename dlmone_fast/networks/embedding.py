@@ -27,7 +27,7 @@ class TokenEmbedding(nn.Module):
 
     def table(self) -> Tensor:
         """The table E [V, d] in which diffusion and rounding happen."""
-        table = self.weight
+        table: Tensor = self.weight
         if self.normalize:
             table = F.normalize(table, dim=-1) * math.sqrt(table.shape[-1])
         return table if self.noise_scale == 1 else table / self.noise_scale

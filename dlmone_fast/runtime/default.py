@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlmone_fast.errors import ModelNotLoadedError
+from dlmone_fast.errors import ModelNotLoadedError, UsageError
+from dlmone_fast.runtime import hub
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.loading import load_model
 
@@ -63,6 +64,45 @@ def generate(
     return _resolve(model).generate(batch, **call)
 
 
+def default_folder() -> Path | None:
+    """The model folder that `generate` uses when none is named or loaded."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        return _locate(named)
+    packaged = sorted(folder.parent for folder in _PACKAGED.glob("*/manifest.json"))
+    return packaged[0] if packaged else None
+
+
+def from_pretrained(
+    path_or_name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    download: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Generator:
+    """`load` under the name that users of model hubs expect.
+
+    Args:
+        path_or_name: a model folder, a packaged model's name, or with `download` a hub id
+            (owner/name).
+        revision: branch, tag or commit of the hub repository.
+        download: fetch a hub id; without it nothing touches the network.
+        device, dtype: as for `load`.
+
+    Raises:
+        UsageError: a hub id without `download`, or without huggingface_hub.
+        ModelFileError: the folder is missing, damaged or does not fit, or cannot be fetched.
+    """
+    if not hub.is_repository(path_or_name) or Path(path_or_name).exists():
+        return load(path_or_name, device, dtype)
+    if not download:
+        raise UsageError(
+            f"{os.fspath(path_or_name)!r} is no folder here; if it is a hub id, pass download=True"
+        )
+    return load(hub.download(os.fspath(path_or_name), revision), device, dtype)
+
+
 def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
     if isinstance(model, Generator):
         return model
@@ -71,12 +111,9 @@ def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
     with _lock:
         if _last:
             return _last[0]
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
-        return _cached(_locate(named))
-    packaged = sorted(folder.parent for folder in _PACKAGED.glob("*/manifest.json"))
-    if packaged:
-        return _cached(packaged[0])
+    folder = default_folder()
+    if folder is not None:
+        return _cached(folder)
     raise ModelNotLoadedError(
         "no model is loaded: pass model=FOLDER, call dlmone_fast.load(FOLDER), or set "
         f"{ENVIRONMENT_VARIABLE}; to train one in minutes: "

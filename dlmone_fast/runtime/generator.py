@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, overload
 
 import torch
@@ -12,12 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dlmone_fast.data.batches import source_batch
-from dlmone_fast.errors import TokenizerMissingError
+from dlmone_fast.data.layouts import SEPARATORS, kept_lengths
+from dlmone_fast.errors import TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.mbr import select_mbr
 from dlmone_fast.evaluation.protocol import CandidateBatch
 from dlmone_fast.kernels.nearest_token import nearest_token
 from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.models.folder import ModelFolder, copy_folder
 from dlmone_fast.runtime import options
 from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
 from dlmone_fast.runtime.ties import round_canonically
@@ -53,6 +57,7 @@ class Generator:
         tokenizer: text ↔ ids; None for an import without a vocabulary.
         settings: the model's own defaults.
         precision: fp32, bf16 or fp16 (autocast of the network; rounding stays float32).
+        folder: the model folder it came from; None: built in memory.
     """
 
     def __init__(
@@ -61,13 +66,21 @@ class Generator:
         tokenizer: Tokenizer | None,
         settings: GenerationSettings,
         precision: str = "fp32",
+        folder: ModelFolder | None = None,
     ) -> None:
         self.denoiser = denoiser
+        self.folder = folder
         self.settings = settings
         self.precision = precision
         self._tokenizer = tokenizer
         # The table is frozen here: normalising it once a load instead of once a call.
         self._table = denoiser.embedding.detach()
+
+    @property
+    def task(self) -> str:
+        """The task that the model was trained on, where its folder says so."""
+        source = self.folder.config.get("source") if self.folder else None
+        return str(source.get("task", "")) if isinstance(source, dict) else ""
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +105,33 @@ class Generator:
         """The text as the tokenizer reproduces it: what a perfect model would return."""
         return self.tokenizer.decode_clean(self.tokenizer.encode([text])[0])
 
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
+        return self.tokenizer.decode_clean(ids)
+
+    def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
+        """Ids of a pair, cut together as DiffuSeq cuts its rows: each from [CLS] to [SEP]."""
+        src, trg = self.tokenizer.encode([source, target])
+        room = self.denoiser.config.seq_len - SEPARATORS
+        src_kept, trg_kept = kept_lengths(len(src) - 1, len(trg) - 1, room)
+        return [*src[:src_kept], src[-1]], [*trg[:trg_kept], trg[-1]]
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model folder again, under another path.
+
+        Raises:
+            UsageError: the model was not loaded from a folder.
+        """
+        if self.folder is None:
+            raise UsageError(
+                "save_pretrained: this model was built in memory; a training run writes its "
+                "folder itself"
+            )
+        return copy_folder(self.folder, path)
+
+    # A str is a Sequence[str] too; the first overload is the one that decides.
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self, batch: str, *, return_dict: Literal[False] = False, **call: object
     ) -> str | list[str]: ...
 
@@ -178,18 +216,24 @@ class Generator:
         sampler: str | None = None,
         on_overflow: str = "error",
         progress: bool | None = None,
+        encoded: Sequence[Sequence[int]] | None = None,
     ) -> CandidateBatch:
         """All candidates of each text, with the ids they were decoded from.
 
-        Arguments as for `generate`, with one seed a text.
+        Arguments as for `generate`, with one seed a text. `encoded` holds the texts' ids where the
+        caller has cut them itself (`encode_jointly`); only the layout limits their length.
         """
         started = time.perf_counter()
         options.whole_number("num_candidates", num_candidates, 1, options.MAX_CANDIDATES)
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
         options.one_of("on_overflow", on_overflow, options.OVERFLOWS)
         settings = self.settings.with_call(steps, sampler)
-        encoded = self.tokenizer.encode(list(texts))
-        rows, truncated = self._rows(encoded, seeds, num_candidates, on_overflow)
+        limit = self.settings.max_source_tokens
+        if encoded is None:
+            encoded = self.tokenizer.encode(list(texts))
+        else:
+            limit = self.denoiser.config.seq_len - SEPARATORS
+        rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
         ids = self._generate_rows(rows, settings, batch_size, progress)
         targets = [
             row[mask != 0].tolist() for row, mask in zip(ids, rows.mask.to(ids.device), strict=True)
@@ -204,13 +248,18 @@ class Generator:
         )
 
     def _rows(
-        self, encoded: list[list[int]], seeds: Sequence[int], n: int, on_overflow: str
+        self,
+        encoded: Sequence[Sequence[int]],
+        limit: int,
+        seeds: Sequence[int],
+        n: int,
+        on_overflow: str,
     ) -> tuple[_Rows, list[bool]]:
         ids, mask, truncated = source_batch(
             encoded,
             self.denoiser.config.seq_len,
             self.tokenizer,
-            self.settings.max_source_tokens,
+            limit,
             on_overflow=on_overflow,  # type: ignore[arg-type]
         )
         rows = _Rows(
@@ -247,9 +296,7 @@ class Generator:
 
     def _has_canonical_ids(self, settings: GenerationSettings) -> bool:
         # A sampler that rounds on its way, or 16-bit noise, is beyond what margins can mend.
-        return (
-            settings.kind == "student" and self.precision == "fp32" and self.device.type == "cpu"
-        )
+        return settings.kind == "student" and self.precision == "fp32" and self.device.type == "cpu"
 
     def _embeddings(
         self, rows: _Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
@@ -278,9 +325,9 @@ class Generator:
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         if self.precision == "fp32":
-            return self.denoiser(x_t, t)  # type: ignore[no-any-return]
+            return self.denoiser(x_t, t)
         with torch.autocast(self.device.type, _AUTOCAST[self.precision]):
-            return self.denoiser(x_t, t)  # type: ignore[no-any-return]
+            return self.denoiser(x_t, t)
 
     def _output(
         self, batched: CandidateBatch, chosen: list[int], seeds: list[int], steps: int | None

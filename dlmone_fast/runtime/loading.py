@@ -41,7 +41,9 @@ def load_model(
     settings = _settings(folder)
     if tokenizer is not None:
         tokenizer.max_chars = settings.max_chars
-    return Generator(denoiser, tokenizer, settings, precision)
+    # The tensors live on in the networks; the folder keeps what describes them.
+    described = dataclasses.replace(folder, tensors={})
+    return Generator(denoiser, tokenizer, settings, precision, described)
 
 
 def pick_device(name: str) -> torch.device:

@@ -102,7 +102,8 @@ def prompts_of(batch: str | Sequence[str]) -> list[str]:
     """The prompts of a call as a list; the tokenizer checks each one's text."""
     if isinstance(batch, str):
         return [batch]
-    if isinstance(batch, (bytes, bytearray)) or not isinstance(batch, Sequence):
+    given: object = batch
+    if isinstance(given, (bytes, bytearray)) or not isinstance(given, Sequence):
         raise PromptError(
             f"batch must be a str or a list of str, got {type(batch).__name__}; "
             "turn other iterables into a list"

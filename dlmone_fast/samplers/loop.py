@@ -76,7 +76,9 @@ def sample(
         x0 = predict(x, torch.full((len(x),), t, device=x.device))
         x0 = round_to_embedding(x0) if options.rounds else x0
         # Every method returns to the clean source: its own update would keep the network's.
-        x = keep_source(_advance(schedule, options, x0, x, t, t_next, before, noise, k), source, mask)
+        x = keep_source(
+            _advance(schedule, options, x0, x, t, t_next, before, noise, k), source, mask
+        )
         before = (x0, t)
         if callback is not None:
             callback(k, t, x)

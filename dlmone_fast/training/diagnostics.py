@@ -41,11 +41,16 @@ class DiscriminatorAccuracy:
         return shares
 
 
-def gradient_norms(terms: Mapping[str, Tensor], x: Tensor) -> dict[str, float]:
-    """Norm of each term's gradient at the generated x [B, L, d], a mean over the batch's rows."""
+def gradient_norms(terms: Mapping[str, Tensor], x: Tensor, mask: Tensor) -> dict[str, float]:
+    """Norm of each term's gradient at the generated x [B, L, d], a mean over the batch's rows.
+
+    Only target positions of mask [B, L] count: at the others x is the given source, which no
+    gradient can change.
+    """
     norms = {}
     for name, term in terms.items():
         if term.requires_grad:
             (gradient,) = torch.autograd.grad(term.sum(), x, retain_graph=True)
+            gradient = gradient * (mask != 0).unsqueeze(-1)
             norms[f"{name}_gradient_at_x"] = float(gradient.flatten(1).norm(dim=1).mean())
     return norms

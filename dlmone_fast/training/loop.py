@@ -79,7 +79,8 @@ def _loop(phase: Phase, workspace: Workspace, start: int, progress: Progress) ->
                 phase.validate(done, progress)
             if done % phase.save_every == 0 or done == phase.steps or stop.requested:
                 _save(phase, workspace, done)
-            if stop.requested and done < phase.steps:
+            # After the last step too: the next phase must not start. A restart finds it done.
+            if stop.requested:
                 raise InterruptedAndSavedError(
                     f"stopped by SIGTERM after {done} of {phase.steps} steps of {phase.name}; "
                     "saved; the same command continues"

@@ -57,13 +57,15 @@ class UpdateGuard:
     """Applies gradients only where loss and gradients are finite, and stops a diverged run.
 
     A step that is not finite changes no parameter and no optimiser state; it is counted, and
-    after `limit` in a row DivergedError ends the run with its last checkpoint intact.
+    after `limit` in a row of one network DivergedError ends the run with its last checkpoint
+    intact.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
-        self.in_a_row = 0
+        # By network: good steps of ψ must not hide that every step of θ fails.
+        self.in_a_row: dict[str, int] = {}
 
     def apply(
         self,
@@ -86,15 +88,15 @@ class UpdateGuard:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.in_a_row = 0
+        self.in_a_row[what] = 0
         return float(norm)
 
     def _count(self, what: str) -> None:
         self.skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row >= self.limit:
+        self.in_a_row[what] = self.in_a_row.get(what, 0) + 1
+        if self.in_a_row[what] >= self.limit:
             raise DivergedError(
-                f"{what}: loss or gradient was not finite {self.in_a_row} steps in a row; the "
+                f"{what}: loss or gradient was not finite {self.limit} steps in a row; the "
                 "parameters are those of the last good step and the last checkpoint is intact. "
                 "Lower the learning rate or set a gradient clip, then run again"
             )

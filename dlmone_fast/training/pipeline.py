@@ -11,15 +11,16 @@ from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.tokenizer import Tokenizer
-from dlmone_fast.training.distill import DistillPhase
+from dlmone_fast.training.distill_phase import DistillPhase
 from dlmone_fast.training.loop import run_phase
 from dlmone_fast.training.publish import publish
-from dlmone_fast.training.teacher import TeacherPhase
+from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import (
     PHASES,
     Workspace,
     find_vocabulary,
     open_workspace,
+    run_folder,
 )
 
 StrPath = str | os.PathLike[str]
@@ -57,10 +58,14 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         resume: as for `train_teacher`; "never" keeps the run's own teacher.
     """
     workspace, folder = _open_with_teacher(config, teacher, "auto")
+    if resume == "never":
+        workspace.clear("stage1")
+        workspace.clear("stage2")
     for phase in ("stage1", "stage2"):
-        if resume == "never":
-            workspace.clear(phase)
-        _distill(workspace, phase, folder, resume)
+        if not workspace.finished(phase):
+            _distill(workspace, phase, folder, resume)
+            # A given checkpoint belongs to the first unfinished stage.
+            resume = "auto"
     return workspace.model("stage2")
 
 
@@ -90,7 +95,8 @@ def run(
         _train_teacher(workspace, "auto" if resume == "never" else resume)
         folder = workspace.model("teacher")
     else:
-        workspace, folder = _open_with_teacher(config, teacher, str(resume))
+        start_over = resume == "never" and phase == "all"
+        workspace, folder = _open_with_teacher(config, teacher, "never" if start_over else "auto")
     for stage in ("stage1", "stage2"):
         if phase in (stage, "all"):
             if resume == "never":
@@ -141,11 +147,17 @@ def _open_with_teacher(config: Config, teacher: StrPath, resume: str) -> tuple[W
             )
         return workspace, folder
     folder = Path(teacher)
+    root = run_folder(config)
+    if resume == "never" and folder.resolve().is_relative_to(root.resolve()):
+        raise UsageError(
+            f"--resume never would remove the teacher {folder}, which lies in the run folder; "
+            "use another --output-dir, or --phase stage1 and then --phase stage2"
+        )
     loaded = load_folder(folder)
     denoiser = denoiser_from_folder(loaded)
     config = replace(config, model=denoiser.config, diffusion=denoiser.schedule.config)
     tokenizer = _teacher_tokenizer(config, loaded.tokenizer_path, folder)
-    return open_workspace(config, tokenizer, "never" if resume == "never" else "auto"), folder
+    return open_workspace(config, tokenizer, resume), folder
 
 
 def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Tokenizer:
@@ -158,4 +170,3 @@ def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Toke
         f"{folder} has no tokenizer.json; import the checkpoint again with --vocab, or name its "
         "vocabulary with --data.vocab-file"
     )
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -52,8 +53,8 @@ class Progress:
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one record of metrics.jsonl, and its numbers to TensorBoard."""
-        line = {"phase": self.phase, "step": step, **values}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        line = {"phase": self.phase, "step": step, **{k: _json(v) for k, v in values.items()}}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -70,6 +71,11 @@ class Progress:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _json(value: Any) -> Any:
+    # JSON has no NaN and no infinity: a loss that was not finite is recorded as "nan" or "inf".
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(root: Path) -> Any:

@@ -25,7 +25,7 @@ from dlmone_fast.samplers.one_step import generate_embeddings
 from dlmone_fast.training.diagnostics import DiscriminatorAccuracy, gradient_norms
 from dlmone_fast.training.loop import reseed_dropout
 from dlmone_fast.training.optim import Ema, UpdateGuard, adamw, learning_rate, set_learning_rate
-from dlmone_fast.training.teacher import autocast
+from dlmone_fast.training.teacher_phase import autocast
 from dlmone_fast.training.workspace import Workspace
 
 
@@ -39,6 +39,17 @@ class Conditions:
     slots: Tensor
 
 
+@dataclass(frozen=True)
+class GeneratorTerms:
+    """Weighted losses [B] of θ at generated x [B, L, d], its mask, and SiD's denominator [B]."""
+
+    sid: Tensor
+    adversarial: Tensor
+    x: Tensor
+    mask: Tensor
+    weight: Tensor
+
+
 class Stage:
     """The three networks of a stage and the updates of ψ and θ.
 
@@ -47,7 +58,12 @@ class Stage:
     """
 
     def __init__(
-        self, workspace: Workspace, config: StageConfig, teacher: Denoiser, start: Backbone, seed: int
+        self,
+        workspace: Workspace,
+        config: StageConfig,
+        teacher: Denoiser,
+        start: Backbone,
+        seed: int,
     ) -> None:
         self.workspace, self.config, self.seed = workspace, config, seed
         self.shared: DistillConfig = workspace.config.distill
@@ -110,15 +126,16 @@ class Stage:
         total = self._zero()
         for index, part in enumerate(self._micro_batches()):
             reseed_dropout(self.seed, 2 * step + 1, index)
-            sid, adversarial, x, weight = self._generator_losses(step, part)
+            at = self._generator_losses(step, part)
+            terms = {"sid": at.sid, "adversarial": at.adversarial}
             if diagnose and index == 0:
-                values.update(gradient_norms({"sid": sid, "adversarial": adversarial}, x))
-            loss = (sid + adversarial).sum() / c.batch_size
+                values.update(gradient_norms(terms, at.x, at.mask))
+            loss = (at.sid + at.adversarial).sum() / c.batch_size
             loss.backward()
             total += loss.detach()
-            for name, term in (("sid", sid), ("adversarial", adversarial)):
+            for name, term in terms.items():
                 values[name] = values.get(name, 0.0) + float(term.detach().sum()) / c.batch_size
-            spread = float(weight.median() / weight.min())
+            spread = float(at.weight.median() / at.weight.min())
             values["weight_max_over_median"] = max(values.get("weight_max_over_median", 0), spread)
         norm = self.guard.apply(
             "generator", total, self.generator_optimizer, c.clip_norm, c.clip_value
@@ -174,9 +191,7 @@ class Stage:
         loss = discriminator_loss(real_logits, real.mask, fake_logits, fake.mask, clamp)
         return dsm, scale * loss
 
-    def _generator_losses(
-        self, step: int, slots: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _generator_losses(self, step: int, slots: Tensor) -> GeneratorTerms:
         c = self.config
         given = self._conditions(self.generator_rows, step, slots)
         x = self._generate(given, step, Stream.GENERATOR_LATENT)
@@ -191,19 +206,20 @@ class Stage:
         sid = sid_loss(x, x0_teacher, x0_score, given.mask, c.mu, weight)
         sid = c.sid_weight * c.sid_scale * sid
         if not c.generator_adversarial_weight or step < c.adversarial_warmup_steps:
-            return sid, torch.zeros_like(sid), x, weight
+            return GeneratorTerms(sid, torch.zeros_like(sid), x, given.mask, weight)
         adversarial = generator_adversarial_loss(logits, given.mask, self.shared.logit_clamp)
         if self.shared.divide_by_weight:
             adversarial = adversarial / weight
         adversarial = c.generator_adversarial_weight * c.adversarial_scale * adversarial
-        return sid, adversarial, x, weight
+        return GeneratorTerms(sid, adversarial, x, given.mask, weight)
 
     def _generate(self, given: Conditions, step: int, stream: Stream) -> Tensor:
         """G_θ(z, source): generated targets beside the clean source, float32 [B, L, d]."""
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             with autocast(self.workspace):
-                return self.generator(x, self.schedule.network_time(t))  # type: ignore[no-any-return]
+                x0: Tensor = self.generator(x, self.schedule.network_time(t))
+                return x0
 
         return generate_embeddings(
             predict,

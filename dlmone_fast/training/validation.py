@@ -10,8 +10,8 @@ import torch
 from dlmone_fast.config import TeacherConfig
 from dlmone_fast.data.batches import batch, batches_in_order
 from dlmone_fast.data.rows import load_rows
-from dlmone_fast.evaluation.run import row_seeds
 from dlmone_fast.evaluation.scores import score_generations
+from dlmone_fast.evaluation.seeds import row_seeds
 from dlmone_fast.kernels.noise import Stream, normal, uniform_integers
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.generator import Generator
@@ -58,14 +58,14 @@ class Validator:
             scores["balanced"] = 0.5 * (scores["joint"] + scores["both_registers"])
         return scores
 
-    def show_samples(
-        self, denoiser: Denoiser, kind: str, step: int, progress: Progress
-    ) -> None:
+    def show_samples(self, denoiser: Denoiser, kind: str, step: int, progress: Progress) -> None:
         """Record and print a few generated texts."""
         generator = self.generator(denoiser, kind)
         sources = self._sources[:_SHOWN]
         texts = generator.generate(sources, on_overflow="truncate", progress=False)
-        progress.record(step, {"samples": [list(pair) for pair in zip(sources, texts, strict=True)]})
+        progress.record(
+            step, {"samples": [list(pair) for pair in zip(sources, texts, strict=True)]}
+        )
         for source, text in zip(sources, texts, strict=True):
             progress.say(f"  {source}\n    → {text}")
 
@@ -110,9 +110,7 @@ def generation_settings(config: Any, kind: str) -> GenerationSettings:
     if kind == "teacher":
         return GenerationSettings(kind="teacher", sampler="ddim", steps=20, **limits)
     distill = config.distill
-    return GenerationSettings(
-        t_init=distill.t_init, scale_latent=distill.scale_latent, **limits
-    )
+    return GenerationSettings(t_init=distill.t_init, scale_latent=distill.scale_latent, **limits)
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """The run folder: resolved configuration, tokenizer, token caches, checkpoints, model folders.
 
-    RUN/config.toml          the resolved configuration
-    RUN/tokenizer.json
-    RUN/data/                rows of a generated task
-    RUN/cache/               token caches
-    RUN/checkpoints/PHASE/   training checkpoints of teacher, stage1, stage2
-    RUN/teacher/ RUN/stage1/ RUN/stage2/    model folders
-    RUN/metrics.jsonl
+RUN/config.toml          the resolved configuration
+RUN/tokenizer.json
+RUN/data/                rows of a generated task
+RUN/cache/               token caches
+RUN/checkpoints/PHASE/   training checkpoints of teacher, stage1, stage2
+RUN/teacher/ RUN/stage1/ RUN/stage2/    model folders
+RUN/metrics.jsonl
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def open_workspace(
         ConfigError: the folder holds a run of another configuration, or the vocabulary differs.
         DataError: data files are missing or malformed.
     """
-    root = Path(config.output_dir or f"runs/{config.preset}")
+    root = run_folder(config)
     root.mkdir(parents=True, exist_ok=True)
     if resume == "never":
         _clear(root)
@@ -111,6 +111,11 @@ def open_workspace(
     _check_same_run(root, config)
     write_atomically(root / "config.toml", [to_toml(config).encode()])
     return Workspace(config, root, data_dir, pick_device(config.device), tokenizer)
+
+
+def run_folder(config: Config) -> Path:
+    """The run folder that a configuration names."""
+    return Path(config.output_dir or f"runs/{config.preset}")
 
 
 def multiplies_bf16(device: torch.device) -> bool:

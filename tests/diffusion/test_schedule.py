@@ -36,7 +36,7 @@ def test_the_sqrt_schedule_telescopes(sqrt_schedule: Schedule) -> None:
     steps = sqrt_schedule.num_timesteps
     expected = [(1 - math.sqrt((i + 1) / steps + 1e-4)) / 0.99 for i in range(steps - 1)]
     found = sqrt_schedule.alphas_cumprod[:-1]
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=0, atol=1e-12)
     assert float(sqrt_schedule.betas[-1]) == 0.999
 
 
@@ -69,9 +69,7 @@ def restated(name: str, steps: int) -> npt.NDArray[np.float64]:
     return np.asarray(np.cumprod(1 - betas))
 
 
-def _restated_from_alpha_bar(
-    name: str, s: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def _restated_from_alpha_bar(name: str, s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if name == "sqrt":
         f = (1 - np.sqrt(s + 1e-4)) / 0.99
     elif name == "cosine":

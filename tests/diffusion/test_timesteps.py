@@ -33,7 +33,7 @@ def test_uniform_draws_cover_every_t_evenly() -> None:
 def test_loss_aware_draws_are_uniform_until_every_t_has_ten_losses() -> None:
     sampler = warm(torch.linspace(1, 5, T), repeats=9)
     sampler.update(torch.arange(T - 1), torch.full((T - 1,), 100.0))
-    assert torch.equal(sampler.probabilities(), torch.full((T,), 1 / T).double())
+    assert torch.equal(sampler.probabilities(), torch.full((T,), 1 / T, dtype=torch.float64))
     t, weight = sampler.sample(1, 0, ROWS)
     assert (shares(t) - 1 / T).abs().max() < 5 * (1 / T / len(ROWS)) ** 0.5
     torch.testing.assert_close(weight, torch.ones(len(ROWS)))
@@ -70,12 +70,15 @@ def test_a_timestep_without_loss_is_still_drawn() -> None:
 
 
 def test_only_the_last_ten_losses_count() -> None:
-    sampler = warm(torch.full((T,), 100.0))
-    for _ in range(10):
-        sampler.update(torch.arange(T), torch.linspace(1, 2, T))
-    torch.testing.assert_close(
-        sampler.probabilities(), warm(torch.linspace(1, 2, T)).probabilities()
-    )
+    sampler = LossAwareTimesteps(T)
+    losses = torch.ones(T)
+    for count in range(1, 25):
+        losses[4] = count
+        sampler.update(torch.arange(T), losses)
+        if count >= 10:
+            rms = (sum(value**2 for value in range(count - 9, count + 1)) / 10) ** 0.5
+            expected = 0.999 * rms / (rms + T - 1) + 0.001 / T
+            assert float(sampler.probabilities()[4]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sampler", [UniformTimesteps(T), warm(torch.linspace(1, 5, T))])

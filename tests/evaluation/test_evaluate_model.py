@@ -10,7 +10,8 @@ from dlmone_fast.data.rows import Row
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.generations import read_generations
 from dlmone_fast.evaluation.protocol import CandidateBatch
-from dlmone_fast.evaluation.run import evaluate_generations, evaluate_model, row_seeds
+from dlmone_fast.evaluation.run import evaluate_generations, evaluate_model
+from dlmone_fast.evaluation.seeds import row_seeds
 
 ROWS = [
     Row("Is It Late?", "what TIME is it?", 1),
@@ -36,9 +37,16 @@ class EchoModel:
         sampler: str | None,
         on_overflow: str,
         progress: bool | None,
+        encoded: Sequence[Sequence[int]] | None = None,
     ) -> CandidateBatch:
         self.calls.append(
-            {"texts": texts, "seeds": seeds, "steps": steps, "on_overflow": on_overflow}
+            {
+                "texts": texts,
+                "seeds": seeds,
+                "steps": steps,
+                "on_overflow": on_overflow,
+                "encoded": encoded,
+            }
         )
         outputs = [
             [" ".join(text.lower().split()[: -k or None]) for k in range(num_candidates)]
@@ -49,6 +57,12 @@ class EchoModel:
 
     def normalize_text(self, text: str) -> str:
         return text.lower()
+
+    def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
+        return [1, len(source), 2], [1, len(target), 2]
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        return f"cut to {ids[1]}"
 
 
 def test_sources_and_references_are_compared_as_the_tokenizer_writes_them() -> None:
@@ -122,3 +136,9 @@ def test_arguments_are_bounded(options: dict[str, Any], message: str) -> None:
 def test_a_path_is_not_a_model() -> None:
     with pytest.raises(UsageError, match=r"dlmone_fast\.load\(path\)"):
         evaluate_model("some/folder", rows=ROWS)  # type: ignore[arg-type]
+
+
+def test_joint_truncation_cuts_sources_and_references_together() -> None:
+    model = EchoModel()
+    evaluate_model(model, rows=ROWS, joint_truncation=True, bootstrap=0)
+    assert model.calls[0]["encoded"] == [[1, len(row.src), 2] for row in ROWS]

@@ -132,7 +132,7 @@ def test_sampler_steps_follow_the_recorded_chain(
         assert largest_error(x, expected) <= 1e-4
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a chain after its recorded part."""
 
 
@@ -154,12 +154,12 @@ def test_the_sampling_loop_starts_as_the_recorded_chain(
         times.append(t)
         assert largest_error(x, recorded[k - 1]) <= 1e-4
         if k == len(recorded):
-            raise _Enough
+            raise _EnoughError
 
     start = keep_source(golden["sample_noise"], source, mask)
     assert largest_error(start, golden[f"{chain}_start"]) == 0
     options = SamplerOptions(method, steps)
-    with pytest.raises(_Enough):
+    with pytest.raises(_EnoughError):
         sample(
             teacher,
             teacher.schedule,

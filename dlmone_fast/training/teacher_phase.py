@@ -82,9 +82,7 @@ class TeacherPhase:
     def terms(self, rows: Any, t: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
         """Loss terms of rows of the training cache, with noise of (seed, step, slot)."""
         device = self.workspace.device
-        ids, mask = batch(
-            self.cache, rows, self.lm.config.seq_len, self.workspace.tokenizer
-        )
+        ids, mask = batch(self.cache, rows, self.lm.config.seq_len, self.workspace.tokenizer)
         ids, mask, t = ids.to(device), mask.to(device), t.to(device)
         shape = (ids.shape[1], self.lm.config.embedding_dim)
         noise = normal(self.seed, Stream.TEACHER_NOISE, slots, step, *shape, device=device)
@@ -142,5 +140,5 @@ def autocast(workspace: Workspace) -> torch.autocast:
 
 
 def _timesteps(name: str, num_timesteps: int) -> TimestepSampler:
-    kinds = {"uniform": UniformTimesteps, "loss-aware": LossAwareTimesteps}
-    return kinds[name](num_timesteps)  # type: ignore[no-any-return]
+    kind = UniformTimesteps if name == "uniform" else LossAwareTimesteps
+    return kind(num_timesteps)

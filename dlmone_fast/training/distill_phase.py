@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dlmone_fast.models.checkpoint import Checkpoint
@@ -22,7 +24,9 @@ class DistillPhase:
     steadier one. Step 0 competes too, so a stage never ends worse than it began.
     """
 
-    def __init__(self, workspace: Workspace, index: int, teacher: Denoiser, start: Backbone) -> None:
+    def __init__(
+        self, workspace: Workspace, index: int, teacher: Denoiser, start: Backbone
+    ) -> None:
         self.name = f"stage{index}"
         self.workspace = workspace
         distill = workspace.config.distill
@@ -59,7 +63,9 @@ class DistillPhase:
     def validate(self, step: int, progress: Progress) -> None:
         if 0 < step <= self.config.score_warmup_steps:
             return
-        weights = {"raw": dict(self.stage.generator.named_parameters())}
+        weights: dict[str, dict[str, Tensor]] = {
+            "raw": dict(self.stage.generator.named_parameters())
+        }
         if step > 0:
             weights["ema"] = dict(self.stage.ema.values)
         metric = self.workspace.config.distill.selection_metric
@@ -99,7 +105,7 @@ class DistillPhase:
             "score_optimizer": of_score,
             "accuracy": {"right": stage.accuracy.right, "count": stage.accuracy.count},
         }
-        state = {"generator_optimizer": generator, "score_optimizer": score}
+        state: dict[str, Any] = {"generator_optimizer": generator, "score_optimizer": score}
         state |= {"best_score": self.best_score if self.best_of else None, "best_of": self.best_of}
         return tensors, state | {"skipped": stage.guard.skipped}
 
@@ -122,4 +128,3 @@ class DistillPhase:
         self.best_of = state["best_of"]
         self.best_score = state["best_score"] if self.best_of else float("-inf")
         stage.guard.skipped = state["skipped"]
-

@@ -1,0 +1,1 @@
+"""Measurements: `pytest benchmarks/ --benchmark-only`, and runs over several seeds."""

@@ -1,0 +1,262 @@
+"""The command `python -m dlmone_fast.sample`: texts in, generated texts out, as a stream."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
+
+from tyro.conf import Positional, arg
+
+from dlmone_fast.cli import OptionalInt, OptionalStr, parse, run_command
+from dlmone_fast.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from dlmone_fast.runtime import Generator
+
+WINDOW = 1024
+MAX_LINE_BYTES = 16 * 2**20
+
+DESCRIPTION = """Generate a text for each source of a file or of standard input.
+
+Text: one source a line in, one text a line out, in order; line breaks inside a text become
+spaces, and a blank line is an empty source that gets its line like any other. jsonl: objects with
+`src` in, the same objects with `generated` (or `candidates`, if several) and `truncated` out.
+Sources beyond the model's limit are cut and counted on stderr. Exit codes: 0 done, 2 usage,
+3 data, 4 model files, 130 interrupted; with --output nothing is written unless all is done.
+"""
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Options of the command."""
+
+    model: Annotated[str, Positional]
+    """Model folder."""
+    input: Annotated[OptionalStr, arg(aliases=("-i",), metavar="FILE")] = None
+    """Read this file (.gz is unpacked); default: standard input."""
+    output: Annotated[OptionalStr, arg(aliases=("-o",), metavar="FILE")] = None
+    """Write this file, whole or not at all; default: standard output."""
+    format: Literal["auto", "text", "jsonl"] = "auto"
+    """auto: jsonl for input files named so and where the first line is an object with src."""
+    steps: OptionalInt = None
+    """Network calls per text; default: the model's own."""
+    sampler: OptionalStr = None
+    """Sampler of a teacher; default: the model's own."""
+    num_candidates: int = 1
+    """Texts per source, each from its own noise; several need --mbr or jsonl."""
+    mbr: bool = False
+    """Keep the candidate that agrees most with the others (2 or more candidates)."""
+    seed: int = 0
+    """The noise of a row is a function of this seed and the row's number, as in evaluation."""
+    batch_size: int = 64
+    """Texts per network call."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input row: its text, and the object it came from (empty for plain text)."""
+
+    text: str
+    row: dict[str, Any]
+
+
+@dataclass
+class Count:
+    """Rows so far."""
+
+    rows: int = 0
+    truncated: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code or raises a `DlmOneError` that carries it."""
+    args = parse(
+        SampleArgs, prog="python -m dlmone_fast.sample", description=DESCRIPTION, args=argv
+    )
+    lines = numbered_lines(args.input)
+    jsonl, lines = _is_jsonl(args, lines)
+    _check(args, jsonl)
+    # The first import of torch: usage errors above must not wait for it.
+    from dlmone_fast.runtime import load_model
+
+    generator = load_model(args.model, args.device, args.dtype)
+    count = Count()
+    sources = (_source(args, number, line, jsonl) for number, line in lines)
+    _write(args.output, _generated(args, generator, sources, jsonl, count))
+    if count.truncated:
+        limit = generator.settings.max_source_tokens
+        print(
+            f"{count.truncated} of {count.rows} sources were cut to {limit} tokens",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _check(args: SampleArgs, jsonl: bool) -> None:
+    from dlmone_fast.evaluation.seeds import MAX_SEED
+
+    if not 0 <= args.seed <= MAX_SEED:
+        raise UsageError(f"--seed: expected 0 to {MAX_SEED}, got {args.seed}")
+    if args.mbr and args.num_candidates < 2:
+        raise UsageError("--mbr: needs candidates to choose from; add --num-candidates 10")
+    if args.num_candidates > 1 and not (args.mbr or jsonl):
+        raise UsageError(
+            f"--num-candidates {args.num_candidates}: text output has one line a source; add --mbr "
+            "to keep the best one, or use --format jsonl"
+        )
+
+
+def numbered_lines(path: str | None) -> Iterator[tuple[int, bytes]]:
+    """Lines of a file or of standard input with their numbers, line ends removed.
+
+    Raises:
+        DataError: the file cannot be read, or a line is too long.
+    """
+    name, number = path or "standard input", 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes")
+                yield number, line.rstrip(b"\r\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{name}: cannot be read beyond line {number} ({error}); check the path and the file"
+        ) from error
+
+
+def _open(path: str | None) -> AbstractContextManager[BinaryIO]:
+    if path is None:
+        return nullcontext(sys.stdin.buffer)
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
+
+
+def _is_jsonl(
+    args: SampleArgs, lines: Iterator[tuple[int, bytes]]
+) -> tuple[bool, Iterator[tuple[int, bytes]]]:
+    """Whether rows are objects, and the same lines again."""
+    first = list(islice(lines, 1))
+    lines = chain(first, lines)
+    if args.format != "auto":
+        return args.format == "jsonl", lines
+    if args.input is not None and args.input.removesuffix(".gz").endswith((".jsonl", ".txt")):
+        return args.input.removesuffix(".gz").endswith(".jsonl"), lines
+    try:
+        row = json.loads(first[0][1]) if first else None
+    except (ValueError, RecursionError):
+        row = None
+    return isinstance(row, dict) and "src" in row, lines
+
+
+def _source(args: SampleArgs, number: int, line: bytes, jsonl: bool) -> Source:
+    try:
+        text = line.decode("utf-8")
+        return _parsed(text) if jsonl else Source(text, {})
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise DataError(
+        f"{args.input or 'standard input'}, line {number}: {reason}; correct or remove the line"
+    )
+
+
+def _parsed(line: str) -> Source:
+    """The source of a jsonl line, or ValueError with the reason alone."""
+    if not line.strip():
+        raise ValueError('blank line; expected {"src": "…"}')
+    try:
+        row = json.loads(line, parse_constant=_no_constant)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("src"), str):
+        raise ValueError('expected an object with a string: {"src": "…"}')
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("lone surrogate: not Unicode text") from error
+    return Source(row["src"], row)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _generated(
+    args: SampleArgs, generator: Generator, sources: Iterator[Source], jsonl: bool, count: Count
+) -> Iterator[bytes]:
+    """Output bytes, one chunk a window of rows: memory does not grow with the input."""
+    from tqdm import tqdm
+
+    from dlmone_fast.evaluation.mbr import select_mbr
+    from dlmone_fast.evaluation.seeds import row_seeds
+
+    # tqdm's own None hides the bar when stderr is no terminal.
+    with tqdm(desc="sample", unit="text", disable=None) as bar:
+        while window := list(islice(sources, WINDOW)):
+            longest = generator.tokenizer.max_chars
+            batch = generator.generate_candidates(
+                [source.text[:longest] for source in window],
+                num_candidates=args.num_candidates,
+                steps=args.steps,
+                seeds=row_seeds(args.seed, len(window), count.rows),
+                batch_size=args.batch_size,
+                sampler=args.sampler,
+                on_overflow="truncate",
+                progress=False,
+            )
+            written = []
+            for source, texts, cut in zip(window, batch.texts, batch.truncated, strict=True):
+                truncated = cut or len(source.text) > longest
+                count.truncated += truncated
+                kept = [texts[select_mbr(texts)]] if args.mbr else texts
+                written.append(_jsonl(source, kept, truncated) if jsonl else _line(kept[0]))
+            count.rows += len(window)
+            bar.update(len(window))
+            yield "".join(written).encode()
+
+
+def _jsonl(source: Source, texts: list[str], truncated: bool) -> str:
+    result = {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
+    row = {**source.row, **result, "truncated": truncated}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines()) + "\n"
+
+
+def _write(path: str | None, chunks: Iterator[bytes]) -> None:
+    if path is None:
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+        return
+    from dlmone_fast.files import write_atomically
+
+    try:
+        write_atomically(Path(path), chunks)
+    except OSError as error:
+        raise DataError(
+            f"--output {path}: cannot be written ({error.strerror or error}); what was there is "
+            "unchanged: free space or name another place"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,235 @@
+"""What a run will cost, from its configuration alone: the text of `train --dry-run`.
+
+Networks are counted on torch's meta device: nothing is allocated, read or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dlmone_fast.config import Config, ModelConfig, StageConfig
+from dlmone_fast.networks import DiffusionLM, ScoreEstimator
+from dlmone_fast.networks.layers import count_parameters
+from dlmone_fast.tasks import grammar
+from dlmone_fast.tokenizer import SPECIAL_TOKENS
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters: embedding with decoder bias, backbone f, and ψ's own head."""
+
+    tokens: int
+    backbone: int
+    head: int
+
+    @property
+    def model(self) -> int:
+        """What a model folder stores: φ, or θ with the shared embedding."""
+        return self.tokens + self.backbone
+
+
+def count(config: Config) -> Parameters:
+    """Count the parameters of a configuration whose vocabulary size is known."""
+    with torch.device("meta"):
+        lm = DiffusionLM(config.model)
+        score = ScoreEstimator(lm.backbone, config.distill.discriminator)
+    backbone = count_parameters(lm.backbone)
+    return Parameters(count_parameters(lm.tokens), backbone, count_parameters(score) - backbone)
+
+
+def known_vocabulary(config: Config) -> int:
+    """The vocabulary size without reading data: configured, generated, or yet to be learned."""
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    if config.is_grammar:
+        return len(SPECIAL_TOKENS) + len(grammar.vocabulary(config.data.task))
+    return config.data.vocab_size
+
+
+def forward_flops(model: ModelConfig) -> int:
+    """FLOPs of one backbone call on one row, two for each multiply-add of its products.
+
+    With L positions, width H, feed-forward F, N layers, embedding d and time width τ:
+    2 · [L · (dH + H² + N · (4H² + 2HF + 2LH) + H² + Hd) + 4τ² + 4τH].
+    Element-wise work is left out.
+    """
+    length, h, d, tau = model.seq_len, model.hidden_size, model.embedding_dim, model.time_dim
+    layer = 4 * h * h + 2 * h * model.ffn_size + 2 * length * h
+    position = 2 * d * h + 2 * h * h + model.num_layers * layer
+    return 2 * (length * position + 4 * tau * tau + 4 * tau * h)
+
+
+def decoder_flops(model: ModelConfig) -> int:
+    """FLOPs of one decoder call h·Eᵀ on every position of one row: 2 · L · V · d."""
+    return 2 * model.seq_len * model.vocab_size * model.embedding_dim
+
+
+def teacher_step_flops(config: Config) -> int:
+    """FLOPs of one teacher update: forward and backward (twice the forward) of f.
+
+    The decoder runs on x̂0's target positions (taken as all: an upper bound), with a backward pass
+    where the anchor loss is on, and on x_0 where `decoder_weight` is, with a backward pass.
+    """
+    decoder = decoder_flops(config.model)
+    calls = (3 if config.teacher.anchor_weight else 1) + (3 if config.teacher.decoder_weight else 0)
+    return config.teacher.batch_size * (3 * forward_flops(config.model) + calls * decoder)
+
+
+def score_step_flops(model: ModelConfig, stage: StageConfig) -> int:
+    """FLOPs of one ψ update, in forward passes of a row: θ 1; ψ on generated text 3 (forward, and
+    backward twice that), and 3 on real text where the discriminator is trained."""
+    passes = 7 if stage.score_adversarial_weight else 4
+    return stage.batch_size * passes * forward_flops(model)
+
+
+def generator_step_flops(model: ModelConfig, stage: StageConfig) -> int:
+    """FLOPs of one θ update, in forward passes of a row: θ 3; φ and ψ 2 each, because frozen
+    networks need the gradient of their input only, as dear as one forward pass."""
+    return stage.batch_size * 7 * forward_flops(model)
+
+
+def activation_bytes(model: ModelConfig, rows: int, element: int) -> int:
+    """Bytes that one forward pass of `rows` rows keeps for its backward pass, estimated.
+
+    rows · L · [N · (10H + 2F) + 4H] elements: per layer the inputs and outputs of both LayerNorms
+    (4H), q, k, v and their mixture (4H), dropout masks (2H) and both sides of the GELU (2F), with
+    attention that never stores its L² weights; 4H for the projections.
+    """
+    layer = 10 * model.hidden_size + 2 * model.ffn_size
+    per_position = model.num_layers * layer + 4 * model.hidden_size
+    return rows * model.seq_len * per_position * element
+
+
+def teacher_bytes(config: Config, counted: Parameters) -> dict[str, int]:
+    """Estimated peak memory of teacher training by part; "logits" counts scores and gradients."""
+    rows = min(config.teacher.micro_batch_size, config.teacher.batch_size)
+    p, model = _FP32 * counted.model, config.model
+    decoders = bool(config.teacher.anchor_weight) + bool(config.teacher.decoder_weight)
+    logits = 2 * _FP32 * rows * model.seq_len * model.vocab_size * max(1, decoders)
+    activations = activation_bytes(model, rows, _element(config))
+    return {
+        "weights": p, "gradients": p, "Adam": 2 * p, "EMA": p,
+        "activations": activations, "logits": logits,
+    }  # fmt: skip
+
+
+def stage_bytes(config: Config, counted: Parameters, stage: StageConfig) -> dict[str, int]:
+    """Estimated peak memory of a stage by part.
+
+    Weights: φ, θ, ψ and the best student so far, beside the shared embedding. Activations: the
+    largest update, which is θ's, runs through θ, φ and ψ.
+    """
+    backbone, score = _FP32 * counted.backbone, _FP32 * (counted.backbone + counted.head)
+    rows = min(stage.micro_batch_size, stage.batch_size)
+    return {
+        "weights": _FP32 * counted.tokens + 3 * backbone + score,
+        "gradients": backbone + score,
+        "Adam": 2 * (backbone + score),
+        "EMA": backbone,
+        "activations": 3 * activation_bytes(config.model, rows, _element(config)),
+    }
+
+
+def checkpoint_bytes(counted: Parameters) -> dict[str, int]:
+    """Bytes of one training checkpoint by phase, and of a model folder.
+
+    Teacher: weights, EMA and two Adam moments. A stage: θ, its EMA, the best student, ψ, and two
+    moments for each of θ and ψ; before θ's first update its moments are not there yet.
+    """
+    backbone, score = _FP32 * counted.backbone, _FP32 * (counted.backbone + counted.head)
+    return {
+        "teacher": 4 * _FP32 * counted.model,
+        "stage": 5 * backbone + 3 * score,
+        "model folder": _FP32 * counted.model,
+    }
+
+
+def describe(config: Config) -> str:
+    """Parameters, FLOPs, memory, steps and disk of a run, without data or side effects."""
+    config = replace(config, model=replace(config.model, vocab_size=known_vocabulary(config)))
+    counted = count(config)
+    lines = [f"preset {config.preset}, task {config.data.task}", ""]
+    lines += [*_parameter_lines(config, counted), "", *_teacher_lines(config, counted)]
+    for name in ("stage1", "stage2"):
+        lines += ["", *_stage_lines(config, counted, name, getattr(config.distill, name))]
+    sizes = checkpoint_bytes(counted)
+    lines += [
+        "",
+        f"disk         a checkpoint: teacher {_bytes(sizes['teacher'])}, stage "
+        f"{_bytes(sizes['stage'])} (the newest two of a phase are kept); a model folder: "
+        f"{_bytes(sizes['model folder'])}",
+        "FLOPs are 2 per multiply-add of matrix products; memory is an estimate, without the "
+        "framework's own.",
+    ]
+    return "\n".join(lines)
+
+
+def _parameter_lines(config: Config, counted: Parameters) -> list[str]:
+    model = config.model
+    return [
+        f"model        {model.num_layers} layers of width {model.hidden_size}, {model.num_heads} "
+        f"heads, embedding width {model.embedding_dim}, vocabulary {model.vocab_size:,}, "
+        f"{model.seq_len} positions",
+        f"parameters   teacher φ {counted.model:,} (embedding and decoder {counted.tokens:,}, "
+        f"backbone {counted.backbone:,})",
+        f"             generator θ {counted.model:,} (shares φ's frozen embedding; trains "
+        f"{counted.backbone:,})",
+        f"             score estimator ψ {counted.backbone + counted.head:,} (backbone, "
+        f"discriminator head {counted.head:,})",
+        f"one call     {_flops(forward_flops(model))} per text",
+    ]
+
+
+def _teacher_lines(config: Config, counted: Parameters) -> list[str]:
+    c = config.teacher
+    flops = teacher_step_flops(config)
+    return [
+        f"teacher      {c.steps:,} steps of {c.batch_size:,} rows (micro-batches of "
+        f"{c.micro_batch_size}): {c.steps * c.batch_size:,} samples seen",
+        f"  FLOPs      {_flops(flops)} per step, {_flops(flops * c.steps)} in all",
+        f"  memory     {_parts(teacher_bytes(config, counted))}",
+    ]
+
+
+def _stage_lines(config: Config, counted: Parameters, name: str, c: StageConfig) -> list[str]:
+    score_updates = c.score_warmup_steps + c.steps * c.score_steps
+    score = score_step_flops(config.model, c)
+    generator = generator_step_flops(config.model, c)
+    total = score * score_updates + generator * c.steps
+    return [
+        f"{name:<12} {c.steps:,} θ and {score_updates:,} ψ steps of {c.batch_size:,} rows "
+        f"(micro-batches of {c.micro_batch_size}): {c.steps * c.batch_size:,} samples seen by θ, "
+        f"{score_updates * c.batch_size:,} by ψ",
+        f"  FLOPs      ψ {_flops(score)}, θ {_flops(generator)} per step, {_flops(total)} in all",
+        f"  memory     {_parts(stage_bytes(config, counted, c))}",
+    ]
+
+
+def _element(config: Config) -> int:
+    # precision = auto is not asked of the device here; fp32 is the safe answer.
+    return 2 if config.precision == "bf16" else _FP32
+
+
+def _parts(parts: dict[str, int]) -> str:
+    listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+    return f"{_bytes(sum(parts.values()))}: {listed}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def _flops(number: float) -> str:
+    for unit in ("", "K", "M", "G", "T", "P", "E"):
+        if number < 1000:
+            return f"{number:.3g} {unit}FLOP"
+        number /= 1000
+    return f"{number:.3g} ZFLOP"

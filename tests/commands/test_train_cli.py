@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlmone_fast import train
+from dlmone_fast.cli import field_docs
+from dlmone_fast.config import resolve, schema
+from dlmone_fast.errors import ConfigError, DlmOneError
+from dlmone_fast.networks import Backbone
+from dlmone_fast.training import plan
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "qqp", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "teacher φ 91,225,274" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_override_the_file_and_the_file_the_preset(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    file = tmp_path / "run.toml"
+    file.write_text("[teacher]\nsteps = 111\nbatch_size = 32\n")
+    train.main([f"--config={file}", "--teacher.batch-size", "16", "--dry-run"])
+    assert "111 steps of 16 rows" in capsys.readouterr().out
+
+
+def test_parameters_and_the_vocabulary_that_is_known():
+    assert plan.count(resolve("qqp")).model == 91_225_274
+    assert plan.known_vocabulary(resolve("grammar")) == 199
+    assert plan.known_vocabulary(resolve("qqp-small")) == 8000
+
+
+def test_flops_are_what_torch_counts():
+    # torch counts no attention products on a CPU: they are 2 · L · N · 2LH.
+    model = resolve("grammar").model
+    backbone = Backbone(model).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.randn(3, model.seq_len, model.embedding_dim), torch.zeros(3))
+    attention = 4 * model.num_layers * model.seq_len**2 * model.hidden_size
+    assert counter.get_total_flops() == 3 * (plan.forward_flops(model) - attention)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--distill.stage1.mu", "9"], r"distill\.stage1\.mu must be between"),
+        (["--teacher.learning-rate", "nan"], r"teacher\.learning_rate must be finite"),
+        (["--preset", "qpq"], "unknown preset 'qpq'; did you mean qqp"),
+        (["--config", "/none.toml"], r"--config /none\.toml: cannot be read"),
+    ],
+)
+def test_configuration_errors_name_the_key(arguments: list[str], message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        train.main([*arguments, "--dry-run"])
+    assert isinstance(caught.value, DlmOneError)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[distill.stage1]\nmuu = 1\n", r"unknown key distill\.stage1\.muu; did you mean dist.*mu"),
+        ('[distill.stage1]\nmu = "x"\n', r"distill\.stage1\.mu must be a number, got 'x'"),
+        ("teacher = 3\n", "teacher must be a section"),
+        ("[", "is not valid TOML"),
+    ],
+)
+def test_errors_of_the_file_name_the_key(
+    content: str, message: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    file = tmp_path / "run.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--config", str(file), "--dry-run"])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--distill.stage1.muu", "3"], "distill.stage1.mu"),
+        (["--seed", "many"], "invalid literal"),
+        (["--phase", "third"], "Expected one of"),
+    ],
+)
+def test_usage_errors_end_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as caught:
+        train.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_a_message_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "dlmone_fast.train", "--model.num-heads", "7"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: model.num_heads must divide hidden_size (128), got 7\n"
+
+
+def test_help_shows_every_docstring_of_the_configuration():
+    # The quick reader of docstrings against Python's own parser.
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    found = field_docs(schema)
+    compared = 0
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for here, below in zip(kind.body, kind.body[1:], strict=False):
+            if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr):
+                text = re.sub(r"\s+", " ", below.value.value)
+                assert found[kind.name][here.target.id] == text
+                compared += 1
+    assert compared > 40
+    assert dataclasses.is_dataclass(schema.Config)

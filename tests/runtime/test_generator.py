@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import tiny
+import torch
+
+from dlmone_fast.errors import PromptError, TokenizerMissingError, UsageError
+from dlmone_fast.runtime import GenerationOutput, Generator, ties
+from dlmone_fast.samplers import METHODS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # Thousands of tiny calls: a second thread costs more than it brings.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def student() -> Generator:
+    return tiny.generator()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Generator:
+    return tiny.generator("teacher")
+
+
+def test_a_str_gives_a_str_and_a_list_a_list_in_order(student: Generator):
+    prompts = tiny.prompts(9)
+    texts = student.generate(prompts, batch_size=4)
+    assert [student.generate(prompt) for prompt in prompts] == texts
+    assert student.generate([]) == []
+    assert len(set(texts)) > 1
+
+
+def test_seeds_decide_the_noise(student: Generator):
+    prompts = tiny.prompts(3)
+    one, two = student.generate(prompts, seed=1), student.generate(prompts, seed=2)
+    assert one != two
+    assert student.generate(prompts, seed=[1, 2, 1]) == [one[0], two[1], one[2]]
+    output = student.generate(prompts, seed=None, return_dict=True)
+    assert len(set(output.seeds)) == 3
+    assert student.generate(prompts, seed=output.seeds) == output.texts
+
+
+def test_candidates_and_selection(student: Generator):
+    prompts = tiny.prompts(4)
+    candidates = student.generate(prompts, num_candidates=3)
+    assert [len(texts) for texts in candidates] == [3, 3, 3, 3]
+    assert [texts[0] for texts in candidates] == student.generate(prompts)
+    assert student.generate(prompts[0], num_candidates=3) == candidates[0]
+    selected = student.generate(prompts, num_candidates=3, select="mbr")
+    assert all(text in texts for text, texts in zip(selected, candidates, strict=True))
+
+
+def test_return_dict(student: Generator):
+    prompts = [*tiny.prompts(2), " ".join(tiny.WORDS[:12])]
+    output = student.generate(
+        prompts, num_candidates=2, seed=5, on_overflow="truncate", return_dict=True
+    )
+    assert isinstance(output, GenerationOutput)
+    assert output.truncated == [False, False, True]
+    assert output.seeds == [5, 5, 5]
+    assert output.steps == 1
+    assert [texts[0] for texts in output.candidates] == output.texts
+    decoded = [student.tokenizer.decode_clean(ids) for ids in output.token_ids]
+    assert decoded == output.texts
+
+
+def test_steps_change_a_students_text(student: Generator):
+    prompts = tiny.prompts(5)
+    assert student.generate(prompts, steps=4) != student.generate(prompts)
+    assert student.generate(prompts, steps=2, return_dict=True).steps == 2
+
+
+def test_overflow_is_an_error_or_a_cut(student: Generator):
+    long = " ".join(tiny.WORDS[:12])
+    with pytest.raises(PromptError, match="14 tokens"):
+        student.generate(long)
+    cut = " ".join(tiny.WORDS[: tiny.MAX_SOURCE_TOKENS - 2])
+    assert student.generate(long, on_overflow="truncate") == student.generate(cut)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0), ("steps", 31), ("steps", True), ("steps", 1.0),
+        ("num_candidates", 0), ("num_candidates", 65), ("batch_size", 0), ("batch_size", 4097),
+        ("seed", -1), ("seed", 1 << 64), ("seed", [1, 2]), ("seed", [1.5]), ("seed", "1"),
+        ("select", "best"), ("on_overflow", "cut"), ("sampler", "ddim"),
+    ],
+)  # fmt: skip
+def test_arguments_are_bounded(student: Generator, name: str, value: object):
+    with pytest.raises(UsageError, match=name):
+        student.generate(["ba"], **{name: value})
+
+
+@pytest.mark.parametrize("batch", [None, 3, b"ba", ["ba", 3], {"ba"}, "\ud800", "ba " * 100])
+def test_prompts_that_cannot_be_read(student: Generator, batch: object):
+    with pytest.raises(PromptError):
+        student.generate(batch)
+
+
+@pytest.mark.parametrize("sampler", METHODS)
+def test_a_teacher_generates_with_every_sampler(teacher: Generator, sampler: str):
+    steps = 40 if sampler == "ancestral" else 5
+    prompts = tiny.prompts(3)
+    texts = teacher.generate(prompts, sampler=sampler, steps=steps)
+    assert texts == teacher.generate(prompts, sampler=sampler, steps=steps)
+    assert len(texts) == 3
+
+
+def test_a_teachers_own_sampler_and_a_wrong_one(teacher: Generator):
+    prompts = tiny.prompts(2)
+    assert teacher.generate(prompts) == teacher.generate(prompts, sampler="ddim", steps=3)
+    with pytest.raises(UsageError, match="sampler must be one of"):
+        teacher.generate(prompts, sampler="euler")
+
+
+def test_a_model_without_a_tokenizer_says_how_to_add_one():
+    generator = Generator(tiny.denoiser(), None, tiny.settings())
+    with pytest.raises(TokenizerMissingError, match="--vocab"):
+        generator.generate("ba")
+
+
+def test_ids_are_the_same_alone_in_any_batch_and_in_any_order(student: Generator):
+    prompts = tiny.prompts(2000)
+    seeds = list(range(len(prompts)))
+    expected = ids_of(student, prompts, seeds, 64)
+    order = random.Random(0).sample(seeds, len(seeds))
+    for batch_size in (1, 7):
+        shuffled = ids_of(student, [prompts[i] for i in order], order, batch_size)
+        assert shuffled == [expected[i] for i in order]
+
+
+def test_near_ties_are_decided_by_the_row_alone(monkeypatch: pytest.MonkeyPatch):
+    # Every embedding has a twin beside it, and the batch's size moves the outputs.
+    network = tiny.denoiser()
+    weight = network.lm.tokens.weight
+    half, numbers = len(weight) // 2, torch.Generator().manual_seed(0)
+    weight[half : 2 * half] = weight[:half]
+    weight[half : 2 * half] += 1e-4 * torch.randn(half, 16, generator=numbers)
+    generator = Generator(network, tiny.tokenizer(), tiny.settings())
+    predict = generator._predict
+
+    def moved_by_the_batch(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(len(x_t))
+        x0 = predict(x_t, t)
+        return x0 + 1e-3 * torch.randn(x0.shape, generator=draws)
+
+    monkeypatch.setattr(generator, "_predict", moved_by_the_batch)
+    prompts = tiny.prompts(70)
+    seeds = list(range(len(prompts)))
+    alone = ids_of(generator, prompts, seeds, 1)
+    assert ids_of(generator, prompts, seeds, 64) == alone
+    assert ids_of(generator, prompts, seeds, 7) == alone
+    monkeypatch.setattr(ties, "THRESHOLD", -1.0)
+    assert ids_of(generator, prompts, seeds, 64) != alone, "the case is too easy"
+
+
+def test_clear_choices_are_not_computed_again():
+    table = torch.eye(4)
+    target = torch.tensor([[False, True], [True, True]])
+    x0 = torch.tensor([[[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]], [[0, 1.0, 0, 0], [0, 0, 0.5, 0.5]]])
+    asked: list[int] = []
+
+    def alone(row: int) -> torch.Tensor:
+        asked.append(row)
+        return torch.tensor([7, 8])
+
+    ids, again = ties.round_canonically(x0, target, table, alone)
+    assert ids.tolist() == [[0, 0], [7, 8]]
+    assert (asked, again) == ([1], 1)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_threshold_is_far_above_the_noise_of_products(student: Generator, steps: int):
+    encoded = student.tokenizer.encode(tiny.prompts(64))
+    rows, _ = student._rows(encoded, tiny.MAX_SOURCE_TOKENS, range(64), 1, "error")
+    settings = tiny.settings(steps=steps)
+    with torch.inference_mode():
+        together = student._embeddings(rows, rows.ids, rows.mask, settings)
+        parts = [rows.part(i, i + 1) for i in range(64)]
+        alone = [student._embeddings(part, part.ids, part.mask, settings) for part in parts]
+    moved = (together - torch.cat(alone)).norm(dim=-1).max()
+    table = student.denoiser.embedding
+    # |margin change| = 2 |<moved, e1 - e2>| <= 4 |moved| |e|.
+    worst = 4 * moved * table.norm(dim=-1).max() / table.square().sum(-1).mean()
+    assert worst < ties.THRESHOLD / 100
+
+
+def ids_of(
+    generator: Generator, prompts: list[str], seeds: list[int], batch_size: int
+) -> list[list[int]]:
+    return generator.generate(
+        prompts, seed=seeds, batch_size=batch_size, return_dict=True, progress=False
+    ).token_ids

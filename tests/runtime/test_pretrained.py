@@ -1,0 +1,97 @@
+"""`from_pretrained`, `save_pretrained`, hub ids and DiffuSeq's joint truncation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+import dlmone_fast
+from dlmone_fast.data import layout
+from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.runtime import hub
+
+
+def test_a_saved_model_is_the_same_model(tmp_path: Path):
+    model = dlmone_fast.from_pretrained(tiny.save(tmp_path / "a"))
+    copy = dlmone_fast.from_pretrained(model.save_pretrained(tmp_path / "b"))
+    prompts = tiny.prompts(5)
+    assert copy.generate(prompts) == model.generate(prompts)
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (
+        tmp_path / "b" / "manifest.json"
+    ).read_bytes()
+
+
+def test_a_model_built_in_memory_has_no_folder_to_save():
+    with pytest.raises(UsageError, match="built in memory"):
+        tiny.generator().save_pretrained("anywhere")
+
+
+def test_a_folder_that_changed_since_loading_is_not_copied(tmp_path: Path):
+    model = dlmone_fast.from_pretrained(tiny.save(tmp_path / "a"))
+    (tmp_path / "a" / "generation_config.json").write_text("{}")
+    with pytest.raises(ModelFileError, match=r"generation_config\.json"):
+        model.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_hub_id_touches_no_network_unless_asked():
+    with pytest.raises(UsageError, match="download=True"):
+        dlmone_fast.from_pretrained("owner/name")
+
+
+def test_a_hub_id_is_fetched_as_real_files_of_a_model_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {}
+
+    def snapshot_download(repository: str, **options: object) -> None:
+        asked.update(options, repository=repository)
+        tiny.save(Path(str(options["local_dir"])))
+
+    monkeypatch.setenv("DLMONE_FAST_CACHE", str(tmp_path))
+    library = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    model = dlmone_fast.from_pretrained("owner/name", revision="v1", download=True)
+    assert isinstance(model.generate("ba"), str)
+    assert asked["repository"] == "owner/name"
+    assert asked["revision"] == "v1"
+    assert not any("pt" in str(pattern) for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_that_fails_says_what_to_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def snapshot_download(repository: str, **options: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("DLMONE_FAST_CACHE", str(tmp_path))
+    library = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    with pytest.raises(ModelFileError, match="no route to host"):
+        hub.download("owner/name")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match=r"dlmone_fast\[hub\]"):
+        hub.download("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("words_of_source", "words_of_target"), [(3, 4), (16, 2), (2, 16), (14, 14)]
+)
+def test_pairs_are_cut_as_the_training_layout_cuts_them(words_of_source: int, words_of_target: int):
+    model = tiny.generator()
+    source = " ".join(tiny.WORDS[:words_of_source])
+    target = " ".join(tiny.WORDS[:words_of_target])
+    src, trg = model.encode_jointly(source, target)
+    whole = model.tokenizer.encode([source, target])
+    special = {
+        "sep_id": model.tokenizer.sep_id,
+        "pad_id": model.tokenizer.pad_id,
+        "cls_id": model.tokenizer.cls_id,
+    }
+    expected, mask = layout(*whole, tiny.SEQ_LEN, **special)
+    assert [*src, model.tokenizer.sep_id] == expected[: mask.index(1)]
+    assert trg == expected[mask.index(1) :][: len(trg)]
+    found = model.generate_candidates(["ignored"], seeds=[0], encoded=[src])
+    assert len(found.token_ids[0][0]) == sum(mask)

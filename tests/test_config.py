@@ -1,0 +1,352 @@
+"""Configuration: presets, precedence, round trip, and an error with the key path for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlmone_fast.config import (
+    PRESETS,
+    Config,
+    ModelConfig,
+    from_dict,
+    load_toml,
+    merge,
+    resolve,
+    to_dict,
+    to_toml,
+    unchecked,
+)
+from dlmone_fast.errors import ConfigError
+
+# Every numeric key and its bounds.
+_STAGE = {
+    "steps": (1, 10_000_000),
+    "batch_size": (1, 1 << 20),
+    "micro_batch_size": (1, 1 << 20),
+    "mu": (-4, 4),
+    "dsm_weight": (0, 1e6),
+    "score_adversarial_weight": (0, 1e6),
+    "sid_weight": (0, 1e6),
+    "generator_adversarial_weight": (0, 1e6),
+    "score_learning_rate": (0, 1),
+    "generator_learning_rate": (0, 1),
+    "sid_scale": (0, 1e6),
+    "adversarial_scale": (0, 1e6),
+    "score_steps": (1, 100),
+    "score_warmup_steps": (0, 10_000_000),
+    "adversarial_warmup_steps": (0, 10_000_000),
+    "beta1": (0, 0.999999),
+    "beta2": (0, 0.999999),
+    "weight_decay": (0, 1),
+    "clip_value": (0, 1e6),
+    "clip_norm": (0, 1e6),
+    "ema_decay": (0, 0.999999),
+    "weight_floor": (0, 1),
+    "validate_every": (1, 10_000_000),
+    "save_every": (1, 10_000_000),
+}
+BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "log_every": (1, 1_000_000),
+    "max_bad_steps": (1, 1_000_000),
+    "model.seq_len": (8, 4096),
+    "model.vocab_size": (0, 1 << 20),
+    "model.embedding_dim": (4, 8192),
+    "model.time_dim": (4, 8192),
+    "model.hidden_size": (4, 8192),
+    "model.num_layers": (1, 128),
+    "model.num_heads": (1, 128),
+    "model.ffn_size": (4, 1 << 16),
+    "model.dropout": (0, 0.9),
+    "model.max_positions": (128, 1 << 16),
+    "model.noise_scale": (0.1, 16),
+    "diffusion.num_timesteps": (21, 100_000),
+    "data.vocab_size": (64, 1 << 18),
+    "data.max_chars": (1, 10_000_000),
+    "data.max_source_tokens": (0, 4096),
+    "data.train_rows": (100, 5_000_000),
+    "teacher.steps": (1, 10_000_000),
+    "teacher.batch_size": (1, 1 << 20),
+    "teacher.micro_batch_size": (1, 1 << 20),
+    "teacher.learning_rate": (0, 1),
+    "teacher.warmup_steps": (0, 50_000),
+    "teacher.beta1": (0, 0.999999),
+    "teacher.beta2": (0, 0.999999),
+    "teacher.weight_decay": (0, 1),
+    "teacher.clip_norm": (0, 1e6),
+    "teacher.ema_decay": (0, 0.999999),
+    "teacher.mse_weight": (0, 1e6),
+    "teacher.decoder_weight": (0, 1e6),
+    "teacher.prior_weight": (0, 1e6),
+    "teacher.anchor_weight": (0, 1e6),
+    "teacher.save_every": (1, 10_000_000),
+    "teacher.validate_every": (1, 10_000_000),
+    "distill.t_init": (1, 100_000),
+    "distill.t_min": (0, 100_000),
+    "distill.t_max": (0, 100_000),
+    "distill.logit_clamp": (0, 1000),
+    "distill.validation_rows": (1, 1_000_000),
+    "distill.diagnose_every": (1, 10_000_000),
+    **{
+        f"distill.{s}.{key}": bounds for s in ("stage1", "stage2") for key, bounds in _STAGE.items()
+    },
+    "evaluation.rows": (1, 10_000_000),
+    "evaluation.teacher_rows": (1, 10_000_000),
+    "evaluation.candidates": (1, 64),
+    "evaluation.batch_size": (1, 4096),
+    "evaluation.bootstrap": (0, 100_000),
+}
+
+
+def leaves(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{path}{item.name}.")
+        else:
+            yield f"{path}{item.name}", value
+
+
+KINDS = {path: type(value) for path, value in leaves(PRESETS["qqp"])}
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def message(preset: str = "qqp", **overrides: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(preset, **overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_the_table_of_bounds_holds_every_numeric_key() -> None:
+    assert set(BOUNDS) == {path for path, kind in KINDS.items() if kind in (int, float)}
+
+
+@pytest.mark.parametrize("path", BOUNDS)
+def test_a_number_out_of_bounds_is_refused_with_its_key_path(path: str) -> None:
+    low, high = BOUNDS[path]
+    whole = KINDS[path] is int
+    below = int(low) - 1 if whole else math.nextafter(low, -math.inf)
+    above = int(high) + 1 if whole else math.nextafter(high, math.inf)
+    for value in (below, above):
+        expected = f"{path} must be between {low:g} and {high:g}, got {value!r}"
+        assert message(**nested(path, value)) == expected
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_a_value_of_the_wrong_type_is_refused_with_its_key_path(path: str) -> None:
+    if path == "preset":
+        return
+    kind = KINDS[path]
+    of_kind: dict[type, list[Any]] = {
+        int: ["1", 1.0, True],
+        float: ["1", True, math.nan, math.inf, 10**400],
+        str: [1, True],
+        bool: [1, "true"],
+    }
+    wrong = [["x"], {"x": 1}, *of_kind[kind]]
+    for value in wrong:
+        assert message(**nested(path, value)).startswith(f"{path} must be ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.norm", "Pre"),
+        ("diffusion.schedule", "sqrtt"),
+        ("data.task", "qpq"),
+        ("teacher.decay", "exponential"),
+        ("teacher.timestep_sampler", "loss"),
+        ("teacher.mse_target", "x0"),
+        ("teacher.mse_positions", "source"),
+        ("distill.discriminator", "mean"),
+        ("distill.selection_metric", "rouge"),
+        ("distill.stage2.decay", ""),
+        ("precision", "fp16"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: str) -> None:
+    text = message(**nested(path, value))
+    assert text.startswith(f"{path} must be one of ")
+    assert text.endswith(f"; got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"model": {"embedding_dim": 33}}, "model.embedding_dim must be even, got 33"),
+        ({"model": {"num_heads": 7}}, "model.num_heads must divide hidden_size (768), got 7"),
+        ({"distill": {"t_min": 1976}}, "distill.t_max must be above t_min (1976), got 1976"),
+        ({"diffusion": {"num_timesteps": 1975}}, "must lie within diffusion.num_timesteps (1975)"),
+        ({"data": {"max_source_tokens": 126}}, "data.max_source_tokens must leave room"),
+        ({"distill": {"selection_metric": "balanced"}}, "needs data.task = 'grammar'"),
+        ({"evaluation": {"teacher_steps": "2000 x"}}, "evaluation.teacher_steps must be whole"),
+        ({"evaluation": {"student_steps": "0"}}, "evaluation.student_steps must be whole"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(
+    overrides: dict[str, Any], expected: str
+) -> None:
+    assert expected in message(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"teachr": {}}, "unknown key teachr; did you mean teacher?"),
+        ({"teacher": {"step": 1}}, "unknown key teacher.step; did you mean teacher.steps?"),
+        (
+            {"distill": {"stage1": {"sid_wieght": 1}}},
+            "unknown key distill.stage1.sid_wieght; did you mean distill.stage1.sid_weight?",
+        ),
+        ({"teacher": 3}, "teacher must be a section of keys, got 3"),
+    ],
+)
+def test_unknown_keys_name_the_nearest_one(overrides: dict[str, Any], expected: str) -> None:
+    assert message(**overrides) == expected
+
+
+def test_an_unlike_key_names_all_of_its_section() -> None:
+    assert "known: schedule, num_timesteps, rescale_timesteps" in message(diffusion={"zzz": 1})
+
+
+@pytest.mark.parametrize("preset", ["qpq", 3, ["qqp"]])
+def test_an_unknown_preset_is_refused(preset: Any) -> None:
+    assert message(preset).startswith("unknown preset")
+    assert message("qpq").endswith("did you mean qqp?")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_reads_back_equal(preset: str, tmp_path: Path) -> None:
+    config = resolve(preset)
+    assert config == PRESETS[preset]
+    assert config.preset == preset
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert from_dict(load_toml(file)) == config
+    assert resolve(file=file) == config
+
+
+def test_the_round_trip_keeps_every_kind_of_value() -> None:
+    config = resolve(
+        "grammar",
+        seed=2**63 - 1,
+        data_dir='a "b"\\ ç\n',
+        compile=True,
+        teacher={"learning_rate": 1, "ema_decay": 0.1 + 0.2},
+    )
+    assert type(config.teacher.learning_rate) is float
+    assert from_dict(tomllib.loads(to_toml(config))) == config
+
+
+def test_the_paper_presets_have_the_paper_values() -> None:
+    for name, steps in (("qqp", 50_000), ("quasar-t", 40_000), ("wiki-auto", 80_000)):
+        config = PRESETS[name]
+        assert config.model == ModelConfig(vocab_size=30_522)
+        assert (config.model.hidden_size, config.model.num_layers) == (768, 12)
+        assert config.teacher.steps == steps
+        assert (config.distill.t_init, config.distill.t_min, config.distill.t_max) == (
+            1490,
+            0,
+            1976,
+        )
+        for stage in (config.distill.stage1, config.distill.stage2):
+            assert (stage.beta1, stage.beta2, stage.weight_decay) == (0, 0.999, 0)
+            assert (stage.dsm_weight, stage.score_adversarial_weight) == (0.5, 0.5)
+            assert stage.steps == 50_000
+    table5 = {
+        ("qqp", 1): (1.2, 0.5, 0.5, 3e-5, 1e-5),
+        ("qqp", 2): (0.5, 0.9, 0.1, 1e-5, 1e-5),
+        ("quasar-t", 1): (1.2, 0.5, 0.5, 1e-5, 1e-5),
+        ("quasar-t", 2): (1.2, 0.5, 0.5, 1e-5, 1e-5),
+        ("wiki-auto", 1): (1.0, 0.5, 0.5, 1e-5, 1e-5),
+    }
+    for (name, index), expected in table5.items():
+        stage = getattr(PRESETS[name].distill, f"stage{index}")
+        found = (
+            stage.mu,
+            stage.sid_weight,
+            stage.generator_adversarial_weight,
+            stage.score_learning_rate,
+            stage.generator_learning_rate,
+        )
+        assert found == expected
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'preset = "qqp-small"\nseed = 5\n[teacher]\nsteps = 77\nwarmup_steps = 7\n', "utf-8"
+    )
+    config = resolve(file=file, teacher={"steps": 99})
+    assert config.preset == "qqp-small"
+    assert (config.seed, config.teacher.steps, config.teacher.warmup_steps) == (5, 99, 7)
+    assert config.model == PRESETS["qqp-small"].model
+    assert config.teacher.learning_rate == PRESETS["qqp-small"].teacher.learning_rate
+    assert resolve("qqp", file=file).model == PRESETS["qqp"].model
+    assert resolve("qqp", file=file).teacher.steps == 77
+
+
+def test_the_merged_values_are_checked_not_the_layers(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[distill]\nt_min = 1980\n", "utf-8")
+    assert message("qqp", file=file).startswith("distill.t_max must be above")
+    assert resolve("qqp", file=file, distill={"t_max": 1990}).distill.t_min == 1980
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"steps = ", "is not valid TOML"),
+        (b"\xff", "is not UTF-8"),
+        (b"[teacher]\nstep = 1\n", "unknown key teacher.step"),
+        (b"teacher = 1\n", "teacher must be a section"),
+        (b"[teacher]\nsteps = 1.5\n", "teacher.steps must be a whole number, got 1.5"),
+        (b"seed = 1\nseed = 2\n", "is not valid TOML"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, ""),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(content)
+    assert expected in message("qqp", file=file)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read" in message("qqp", file=tmp_path / "none.toml")
+    assert "cannot be read" in message("qqp", file=tmp_path)
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert merge(base, {"a": {"b": 5}}, {"d": 4}) == {"a": {"b": 5, "c": 2}, "d": 4}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_checks_can_wait_for_the_merged_result() -> None:
+    with unchecked():
+        broken = ModelConfig(seq_len=-1)
+        config = Config(model=broken)
+    with pytest.raises(ConfigError, match=r"model\.seq_len must be between"):
+        from_dict(to_dict(config))
+
+
+def test_inference_reads_half_of_the_layout_unless_told_otherwise() -> None:
+    assert resolve("qqp").max_source_tokens == 64
+    assert resolve("qqp", data={"max_source_tokens": 125}).max_source_tokens == 125
+    assert [name for name in PRESETS if PRESETS[name].is_grammar] == [
+        "grammar",
+        "grammar-templates",
+    ]

@@ -1,0 +1,111 @@
+"""A run so small that a whole phase takes a second, and the same run finished once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dlmone_fast.config import Config, merge, resolve
+from dlmone_fast.training import RunResult, run
+
+PHASES = ("teacher", "stage1", "stage2")
+
+Make = Callable[..., Config]
+
+
+def tiny_config(folder: Path, **overrides: Any) -> Config:
+    """The grammar preset, shrunk; dropout and every option that a resume must restore are on."""
+    stage = {
+        "steps": 4,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "score_warmup_steps": 2,
+        "adversarial_warmup_steps": 1,
+        "validate_every": 3,
+        "save_every": 2,
+    }
+    small = {
+        "output_dir": str(folder),
+        "precision": "fp32",
+        "log_every": 1,
+        "model": {
+            "embedding_dim": 16,
+            "time_dim": 16,
+            "hidden_size": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "ffn_size": 64,
+            "dropout": 0.1,
+        },
+        "data": {"train_rows": 300},
+        "teacher": {
+            "steps": 7,
+            "warmup_steps": 2,
+            "batch_size": 8,
+            "micro_batch_size": 64,
+            "timestep_sampler": "loss-aware",
+            "validate_every": 4,
+            "save_every": 2,
+        },
+        "distill": {
+            "validation_rows": 6,
+            "diagnose_every": 2,
+            # Unlike the grammar's exact scores it moves within a few steps.
+            "selection_metric": "bleu",
+            "stage1": stage,
+            "stage2": {**stage, "steps": 3},
+        },
+    }
+    return resolve("grammar", **merge(small, overrides))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small lose more than they gain by sharing work: tenfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Make:
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def finished(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """An uninterrupted run of all phases. Do not write to it."""
+    return run(tiny_config(tmp_path_factory.mktemp("finished") / "run"))
+
+
+@pytest.fixture(scope="session")
+def records(finished: RunResult) -> list[dict[str, Any]]:
+    """The lines of the finished run's metrics.jsonl."""
+    return read_records(finished.root)
+
+
+def read_records(root: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"metrics.jsonl holds {constant}, which is not JSON")
+
+    lines = (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path], dict[str, Tensor]]:
+    return lambda folder: load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[dict[str, Tensor], dict[str, Tensor]], bool]:
+    """Whether two sets of tensors are equal bit for bit."""
+    return lambda a, b: set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
