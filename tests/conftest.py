@@ -10,8 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Tiny tensors gain nothing from many threads, and a fixed number keeps results comparable.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Tiny tensors lose by more threads: waiting for each other costs more than the work.
+torch.set_num_threads(1)
 
 
 def _optional_directory(variable: str, default: Path) -> Path:

@@ -19,6 +19,22 @@ from dlmone_fast.config.schema import (
     TeacherConfig,
 )
 
+# A recipe for small models: regress to the clean embedding on target positions, anchored by the
+# decoder's cross-entropy on the prediction.
+_ANCHORED_TEACHER = TeacherConfig(
+    decay="cosine",
+    beta2=0.98,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    timestep_sampler="uniform",
+    embedding_noise=False,
+    mse_target="clean",
+    mse_positions="target",
+    decoder_weight=0.0,
+    prior_weight=0.0,
+    anchor_weight=1.0,
+)
+
 _PAPER_EVALUATION = EvaluationConfig(teacher_steps="2000 65 20 10", teacher_rows=500)
 
 
@@ -78,24 +94,14 @@ def _qqp_small() -> Config:
             noise_scale=2.0,
         ),
         data=DataConfig(task="qqp", vocab_size=8000),
-        teacher=TeacherConfig(
+        teacher=replace(
+            _ANCHORED_TEACHER,
             steps=25_000,
             batch_size=256,
             micro_batch_size=64,
             learning_rate=8e-4,
-            decay="cosine",
             warmup_steps=1000,
-            beta2=0.98,
-            weight_decay=0.01,
-            clip_norm=1.0,
             ema_decay=0.999,
-            timestep_sampler="uniform",
-            embedding_noise=False,
-            mse_target="clean",
-            mse_positions="target",
-            decoder_weight=0.0,
-            prior_weight=0.0,
-            anchor_weight=1.0,
             save_every=500,
             validate_every=2000,
         ),
@@ -142,24 +148,14 @@ def _grammar(task: str) -> Config:
             normalize_embedding=True,
         ),
         data=DataConfig(task=task),
-        teacher=TeacherConfig(
+        teacher=replace(
+            _ANCHORED_TEACHER,
             steps=450,
             batch_size=128,
             micro_batch_size=128,
             learning_rate=2e-3,
-            decay="cosine",
             warmup_steps=100,
-            beta2=0.98,
-            weight_decay=0.01,
-            clip_norm=1.0,
             ema_decay=0.98,
-            timestep_sampler="uniform",
-            embedding_noise=False,
-            mse_target="clean",
-            mse_positions="target",
-            decoder_weight=0.0,
-            prior_weight=0.0,
-            anchor_weight=1.0,
             save_every=200,
             validate_every=225,
         ),

@@ -400,6 +400,7 @@ class Config(Section):
                 f"({self.model.seq_len}), got {limit}"
             )
         self._check_task()
+        self._check_calls()
 
     def _check_task(self) -> None:
         if self.distill.selection_metric == "balanced" and not self.is_grammar:
@@ -407,6 +408,16 @@ class Config(Section):
                 "distill.selection_metric = 'balanced' needs data.task = 'grammar' or "
                 f"'grammar-templates', got {self.data.task!r}; use 'bleu' or 'ibleu'"
             )
+
+    def _check_calls(self) -> None:
+        # Found now rather than after the training that the table ends.
+        for name, most in (
+            ("teacher_steps", self.diffusion.num_timesteps),
+            ("student_steps", self.distill.t_init),
+        ):
+            calls = getattr(self.evaluation, name)
+            if any(int(word) > most for word in calls.split()):
+                raise ConfigError(f"evaluation.{name} must be at most {most} calls, got {calls!r}")
 
     @property
     def is_grammar(self) -> bool:

@@ -50,4 +50,5 @@ class Backbone(nn.Module):
     def predict(self, hidden: Tensor) -> Tensor:
         """x̂0 [B, L, d] of a last hidden state [B, L, H], in float32."""
         # Differences of two predictions make the SiD loss: bfloat16 would cancel them away.
-        return self.output_projection(hidden).to(torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.output_projection(hidden.to(torch.float32))

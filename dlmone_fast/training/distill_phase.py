@@ -25,9 +25,14 @@ class DistillPhase:
     """
 
     def __init__(
-        self, workspace: Workspace, index: int, teacher: Denoiser, start: Backbone
+        self,
+        workspace: Workspace,
+        index: int,
+        teacher: Denoiser,
+        start: Backbone,
+        inputs: dict[str, str],
     ) -> None:
-        self.name = f"stage{index}"
+        self.name, self.inputs = f"stage{index}", inputs
         self.workspace = workspace
         distill = workspace.config.distill
         self.config = distill.stage1 if index == 1 else distill.stage2

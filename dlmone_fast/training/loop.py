@@ -19,7 +19,7 @@ from dlmone_fast.models.checkpoint import (
 )
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.signals import StopRequest
-from dlmone_fast.training.workspace import Workspace
+from dlmone_fast.training.workspace import Workspace, check_inputs
 
 State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
@@ -32,6 +32,8 @@ class Phase(Protocol):
     save_every: int
     validate_every: int
     batch_size: int
+    inputs: dict[str, str]
+    """Hashes of what the phase reads; a checkpoint of other inputs is refused."""
 
     def update(self, step: int) -> dict[str, float]:
         """Make update `step` (from 0) and return what to log."""
@@ -89,7 +91,7 @@ def _loop(phase: Phase, workspace: Workspace, start: int, progress: Progress) ->
 
 def _save(phase: Phase, workspace: Workspace, step: int) -> None:
     tensors, state = phase.state()
-    state["phase"] = phase.name
+    state |= {"phase": phase.name, "inputs": phase.inputs}
     root = workspace.checkpoints(phase.name)
     save_checkpoint(root, step, tensors, state, to_toml(workspace.config))
 
@@ -101,6 +103,7 @@ def _restore(phase: Phase, checkpoint: Checkpoint) -> int:
             f"{checkpoint.path}: is a checkpoint of phase {found!r}, expected {phase.name!r}; "
             f"pass --phase {found}, or a checkpoint of {phase.name}"
         )
+    check_inputs(checkpoint.path, checkpoint.state.get("inputs"), phase.inputs)
     phase.restore(checkpoint)
     return checkpoint.step
 

@@ -62,10 +62,10 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         workspace.clear("stage1")
         workspace.clear("stage2")
     for phase in ("stage1", "stage2"):
-        if not workspace.finished(phase):
-            _distill(workspace, phase, folder, resume)
-            # A given checkpoint belongs to the first unfinished stage.
-            resume = "auto"
+        unfinished = not workspace.finished(phase)
+        _distill(workspace, phase, folder, resume)
+        # A given checkpoint belongs to the first unfinished stage.
+        resume = "auto" if unfinished else resume
     return workspace.model("stage2")
 
 
@@ -112,28 +112,31 @@ def run(
 
 
 def _train_teacher(workspace: Workspace, resume: StrPath) -> None:
-    if workspace.finished("teacher"):
+    inputs = workspace.inputs()
+    if workspace.finished("teacher", inputs):
         return
-    phase = TeacherPhase(workspace)
+    phase = TeacherPhase(workspace, inputs)
     run_phase(phase, workspace, resume)
-    publish(workspace, "teacher", phase.averaged(), f"EMA at step {phase.steps}")
+    publish(workspace, phase, phase.averaged(), f"EMA at step {phase.steps}")
 
 
 def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrPath) -> None:
-    if workspace.finished(name):
+    start_folder = teacher_folder if name == "stage1" else workspace.model("stage1")
+    if name == "stage2" and not workspace.finished("stage1"):
+        raise UsageError(
+            f"--phase stage2 starts from the best student of stage 1, and {start_folder} is not "
+            "there; run --phase stage1 first"
+        )
+    inputs = workspace.inputs(teacher=teacher_folder, start=start_folder)
+    if workspace.finished(name, inputs):
         return
-    teacher = denoiser_from_folder(load_folder(teacher_folder)).to(workspace.device)
-    start = teacher
-    if name == "stage2":
-        if not workspace.finished("stage1"):
-            raise UsageError(
-                f"--phase stage2 starts from the best student of stage 1, and "
-                f"{workspace.model('stage1')} is not there; run --phase stage1 first"
-            )
-        start = denoiser_from_folder(load_folder(workspace.model("stage1"))).to(workspace.device)
-    phase = DistillPhase(workspace, int(name[-1]), teacher, start.lm.backbone)
+    teacher, start = (
+        denoiser_from_folder(load_folder(folder)).to(workspace.device)
+        for folder in (teacher_folder, start_folder)
+    )
+    phase = DistillPhase(workspace, int(name[-1]), teacher, start.lm.backbone, inputs)
     run_phase(phase, workspace, resume)
-    publish(workspace, name, phase.student(phase.best), phase.best_of)
+    publish(workspace, phase, phase.student(phase.best), phase.best_of)
 
 
 def _open_with_teacher(config: Config, teacher: StrPath, resume: str) -> tuple[Workspace, Path]:

@@ -9,6 +9,7 @@ import dlmone_fast
 from dlmone_fast.config import to_dict
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.folder import save_folder
+from dlmone_fast.training.loop import Phase
 from dlmone_fast.training.validation import generation_settings
 from dlmone_fast.training.workspace import Workspace
 
@@ -38,27 +39,27 @@ Quality has not been judged by people. Measure it on your own data with
 """
 
 
-def publish(workspace: Workspace, phase: str, denoiser: Denoiser, weights: str) -> Path:
+def publish(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str) -> Path:
     """Write the model folder that a phase ends with.
 
     Args:
         workspace: the run.
-        phase: teacher, stage1 or stage2: the folder's name.
+        phase: the finished phase; its name is the folder's.
         denoiser: the networks to store.
         weights: which weights these are, for the card.
     """
     config = workspace.config
-    kind = "teacher" if phase == "teacher" else "student"
+    kind = "teacher" if phase.name == "teacher" else "student"
     settings = dataclasses.asdict(generation_settings(config, kind))
     del settings["kind"]
-    target = workspace.model(phase)
+    target = workspace.model(phase.name)
     what = {
         "teacher": "A diffusion language model: one text takes many network calls.",
         "student": "A one-step generator, distilled from a diffusion language model.",
     }[kind]
     model = denoiser.config
     card = _CARD.format(
-        kind=kind, title=f"{config.data.task}: {phase}", what=what, task=config.data.task,
+        kind=kind, title=f"{config.data.task}: {phase.name}", what=what, task=config.data.task,
         weights=weights, folder=target, layers=model.num_layers, hidden=model.hidden_size,
         d=model.embedding_dim, seq_len=model.seq_len, vocab=model.vocab_size, seed=config.seed,
         version=dlmone_fast.__version__,
@@ -69,7 +70,12 @@ def publish(workspace: Workspace, phase: str, denoiser: Denoiser, weights: str) 
             "kind": kind,
             "model": to_dict(model),
             "diffusion": to_dict(denoiser.schedule.config),
-            "source": {"task": config.data.task, "phase": phase, "weights": weights},
+            "source": {
+                "task": config.data.task,
+                "phase": phase.name,
+                "weights": weights,
+                "inputs": phase.inputs,
+            },
         },
         tensors={name: t.detach().cpu() for name, t in denoiser.lm.state_dict().items()},
         tokenizer_json=workspace.tokenizer.to_json(),

@@ -27,7 +27,8 @@ class TeacherPhase:
 
     name = "teacher"
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, inputs: dict[str, str]) -> None:
+        self.inputs = inputs
         self.workspace = workspace
         self.config = workspace.config.teacher
         self.steps, self.save_every = self.config.steps, self.config.save_every

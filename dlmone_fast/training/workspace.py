@@ -25,6 +25,8 @@ from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
 from dlmone_fast.errors import ConfigError, DataError
 from dlmone_fast.files import write_atomically
+from dlmone_fast.models.folder import load_folder
+from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.runtime.loading import pick_device
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import Tokenizer
@@ -67,6 +69,11 @@ class Workspace:
         """The token cache of a split, built on first use."""
         return open_or_build(find_split(self.data_dir, split), self.tokenizer, self.root / "cache")
 
+    def inputs(self, **folders: Path) -> dict[str, str]:
+        """Hashes of the data, and of the model folders that a phase starts from."""
+        data = {split: self.cache(split).folder.name for split in ("train", "valid")}
+        return data | {name: hash_file(folder / MANIFEST_NAME) for name, folder in folders.items()}
+
     def checkpoints(self, phase: str) -> Path:
         """Where a phase keeps its training checkpoints."""
         return self.root / "checkpoints" / phase
@@ -80,9 +87,18 @@ class Workspace:
         for folder in (self.checkpoints(phase), self.model(phase)):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def finished(self, phase: str) -> bool:
-        """Whether a phase has written its model folder."""
-        return (self.model(phase) / "manifest.json").exists()
+    def finished(self, phase: str, inputs: dict[str, str] | None = None) -> bool:
+        """Whether a phase has written its model folder.
+
+        Raises:
+            ConfigError: it did so from other inputs than the given ones.
+        """
+        folder = self.model(phase)
+        if not (folder / MANIFEST_NAME).exists():
+            return False
+        if inputs is not None:
+            check_inputs(folder, load_folder(folder).config.get("source", {}).get("inputs"), inputs)
+        return True
 
 
 def open_workspace(
@@ -111,6 +127,17 @@ def open_workspace(
     _check_same_run(root, config)
     write_atomically(root / "config.toml", [to_toml(config).encode()])
     return Workspace(config, root, data_dir, pick_device(config.device), tokenizer)
+
+
+def check_inputs(where: Path, found: Any, expected: dict[str, str]) -> None:
+    """Refuse to continue from what was made of other data or another teacher."""
+    changed = [name for name in expected if not found or found.get(name) != expected[name]]
+    if changed:
+        raise ConfigError(
+            f"{where}: was made from another {' and '.join(changed)} than is given now; name the "
+            "same data and teacher, use another --output-dir, or start over with "
+            "--phase all --resume never"
+        )
 
 
 def run_folder(config: Config) -> Path:
@@ -202,13 +229,13 @@ def _check_same_run(root: Path, config: Config) -> None:
     except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file}: is not a configuration of this version ({error}); use another --output-dir, "
-            "or --resume never to start over"
+            "or start over with --phase all --resume never"
         ) from error
     changed = list(_differences(before, to_dict(config)))
     if changed:
         raise ConfigError(
             f"{root} holds a run with another configuration ({'; '.join(changed[:5])}); use "
-            "another --output-dir, or --resume never to start over"
+            "another --output-dir, or start over with --phase all --resume never"
         )
 
 

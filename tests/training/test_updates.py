@@ -47,13 +47,13 @@ def without_dropout(module: nn.Module) -> None:
 
 
 def teacher_phase(config: Config) -> TeacherPhase:
-    return TeacherPhase(open_workspace(config))
+    return TeacherPhase(open_workspace(config), {})
 
 
 def stage_phase(config: Config, finished: RunResult, index: int = 1) -> DistillPhase:
     assert finished.teacher is not None
     teacher = denoiser_from_folder(load_folder(finished.teacher))
-    return DistillPhase(open_workspace(config), index, teacher, teacher.lm.backbone)
+    return DistillPhase(open_workspace(config), index, teacher, teacher.lm.backbone, {})
 
 
 def gradients_of(phase: Phase, step: int) -> dict[str, Tensor]:
@@ -256,7 +256,7 @@ def test_stage_2_starts_from_the_best_student_with_a_fresh_score_estimator(
     for parameter in other.stage.generator.parameters():
         parameter.data.add_(0.01)
     student = other.student(dict(other.stage.generator.named_parameters()))
-    pipeline.publish(other.workspace, "stage1", student, "test")
+    pipeline.publish(other.workspace, other, student, "test")
     assert finished.teacher is not None
     phase = built_phase(other.workspace.config, "stage2", finished.teacher, monkeypatch)
     stage = phase.stage
