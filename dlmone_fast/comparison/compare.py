@@ -22,7 +22,8 @@ from dlmone_fast.tasks.paper import paper_rows
 from dlmone_fast.training import RunResult
 from dlmone_fast.training.validation import generation_settings
 
-# Row-calls of the network that one system may spend on quality; long samplers get fewer rows.
+# Row-calls of the network that one teacher row may spend on quality: above it a source gets one
+# candidate, and long samplers fewer sources.
 _ROW_CALLS = 20_480
 _FEWEST_ROWS = 24
 _LATENCY_RUNS = 100
@@ -164,8 +165,7 @@ class Comparison:
         samples = max(_FEWEST_ROWS, _ROW_CALLS // steps)
         if model is not self.teacher or rows * self.candidates <= samples:
             return rows, self.candidates
-        per_source = max(1, min(self.candidates, samples // rows))
-        return min(rows, max(_FEWEST_ROWS, samples // per_source)), per_source
+        return min(rows, samples), 1
 
 
 def compare_run(result: RunResult, say: Callable[[str], None] | None = None) -> str:
@@ -209,14 +209,18 @@ def _table(comparison: Comparison, measured: list[Measured]) -> Table:
     base = _baseline(measured)
     for row in measured:
         cells = [_cell(row.scores, metric) for metric in metrics]
-        speed = None if row.seconds is None else f"{1000 * row.seconds:.3g}"
-        ratio = None if row.seconds is None or base is None else f"{base / row.seconds:.3g}×"
+        speed = None if row.seconds is None else _number(1000 * row.seconds)
+        ratio = None if row.seconds is None or base is None else f"{_number(base / row.seconds)}×"
         table.add(row.system, row.steps, *cells, row.samples, speed, ratio)
     for published in paper_rows(comparison.config.data.task):
         found = [getattr(published, metric.name, None) for metric in metrics]
         cells = [None if value is None else f"{value:.3f}" for value in found]
         table.add(f"{published.system} (paper)", published.nfe, *cells, None, None, None)
     return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _baseline(measured: list[Measured]) -> float | None:
