@@ -7,6 +7,7 @@ typeguard (0.1 s, half of what `--help` may take) to check the default of an `X 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, TypeVar, Union
 
-from dlmone_fast.errors import EXIT_INTERRUPTED, EXIT_OK, DlmOneError
+from dlmone_fast.errors import EXIT_INTERRUPTED, EXIT_MODEL, EXIT_OK, DlmOneError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -105,8 +106,8 @@ def field_docs(module: ModuleType) -> dict[str, dict[str, str]]:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end the process with the documented exit code.
 
-    An error of this package is printed as its message alone; any other exception is a defect
-    and keeps its traceback.
+    An error of this package, and a full disk, is printed as its message alone; any other
+    exception is a defect and keeps its traceback.
     """
     try:
         code = main()
@@ -118,7 +119,19 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader went away (`... | head`); the interpreter must not flush into it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader went away (`... | head`).
+        _discard_stdout()
         sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _discard_stdout()
+        where = error.filename or "standard output"
+        print(f"error: {where}: {error.strerror}; free space and run it again", file=sys.stderr)
+        sys.exit(EXIT_MODEL)
     sys.exit(EXIT_OK if code is None else code)
+
+
+def _discard_stdout() -> None:
+    # The interpreter flushes what is left when it ends, and must not fail at that again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -48,6 +48,10 @@ class EvaluateArgs:
     """Seed of generation and of the bootstrap."""
     batch_size: int = 64
     """Texts per network call."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
     max_rows: int = 0
     """Use the first rows only; 0: all."""
     bootstrap: int = 1000
@@ -108,6 +112,11 @@ def _check(args: EvaluateArgs) -> None:
             "--data-dir: generation files hold their own sources and references; leave it out."
         )
 
+    candidates = len(args.generations) if args.generations else args.num_candidates
+    if args.mbr and candidates < 2:
+        way = "name several --generations files" if args.generations else "add --num-candidates 10"
+        raise UsageError(f"--mbr: needs candidates to choose from; {way}.")
+
 
 def _task(args: EvaluateArgs) -> str:
     """The named task, or the data folder's name where that is a task of the paper."""
@@ -143,7 +152,7 @@ def _from_model(args: EvaluateArgs, task: str) -> tuple[str, dict[str, Any]]:
     from dlmone_fast.evaluation.run import evaluate_model
     from dlmone_fast.runtime import load_model
 
-    model = load_model(str(args.model))
+    model = load_model(str(args.model), args.device, args.dtype)
     task = task or model.task
     return task, evaluate_model(
         model,

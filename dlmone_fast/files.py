@@ -20,9 +20,15 @@ def fsync_directory(directory: Path) -> None:
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Write `chunks` to a hidden file beside `path`, fsync it, then rename it over `path`.
 
+    A link is followed; what is no regular file (a device, a pipe) is written to as it is.
     Raises OSError as the system gave it (disk full, no permission); `path` is then untouched
     and the hidden file is gone.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            stream.writelines(chunks)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -55,7 +55,8 @@ class SampleArgs:
     mbr: bool = False
     """Keep the candidate that agrees most with the others (2 or more candidates)."""
     seed: int = 0
-    """The noise of a row is a function of this seed and the row's number, as in evaluation."""
+    """Row i has a seed of its own, derived from this one and i, as in evaluation; generate(seed=…)
+    uses its seed as it is, and so gives other texts."""
     batch_size: int = 64
     """Texts per network call."""
     device: str = "auto"

@@ -45,17 +45,39 @@ def main(args: list[str] | None = None) -> None:
     """Run the command."""
     arguments = _arguments(sys.argv[1:] if args is None else args)
     config = from_dict(to_dict(arguments.settings))
+    teacher = arguments.teacher_folder
+    if teacher:
+        _say_whose_sizes(config, teacher)
     if arguments.dry_run:
-        from dlmone_fast.training.plan import describe
-
-        print(describe(config))
+        print(_plan(config, teacher))
         return
     from dlmone_fast.comparison import compare_run
     from dlmone_fast.training import run
 
-    result = run(config, arguments.phase, arguments.teacher_folder, arguments.resume)
+    result = run(config, arguments.phase, teacher, arguments.resume)
     if arguments.phase in ("all", "stage2") and result.student is not None:
         print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))
+
+
+def _plan(config: Config, teacher: str) -> str:
+    from dlmone_fast.training.plan import describe
+
+    if teacher:
+        from dlmone_fast.models.folder import load_folder
+        from dlmone_fast.training import with_teacher
+
+        config = with_teacher(config, load_folder(teacher))
+    return describe(config)
+
+
+def _say_whose_sizes(config: Config, teacher: str) -> None:
+    preset = resolve(config.preset)
+    if (config.model, config.diffusion) != (preset.model, preset.diffusion):
+        print(
+            f"--teacher {teacher}: its own model and diffusion are used, not those that the flags "
+            "or the --config file set",
+            file=sys.stderr,
+        )
 
 
 def _arguments(args: list[str]) -> Arguments:
@@ -77,12 +99,14 @@ def _base(args: list[str]) -> Config:
 
 
 def _value(args: list[str], flag: str) -> str:
+    value = ""
+    # As for every other flag the last one counts.
     for here, following in zip(args, [*args[1:], ""], strict=True):
         if here == flag:
-            return following
-        if here.startswith(f"{flag}="):
-            return here.removeprefix(f"{flag}=")
-    return ""
+            value = following
+        elif here.startswith(f"{flag}="):
+            value = here.removeprefix(f"{flag}=")
+    return value
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Comparison:
         return dict(self.quality.score(sources, references, texts, bootstrap))
 
     def latency(self, model: Generator, steps: int, sampler: str | None) -> float:
-        """Mean seconds of a whole call, text in and text out, for one prompt."""
+        """Median seconds of a whole call, text in and text out, for one prompt."""
         sources = [row.src for row in self.rows[:_LATENCY_RUNS]]
 
         def call(source: str) -> None:
@@ -127,7 +128,7 @@ class Comparison:
             started = time.perf_counter()
             call(sources[len(times) % len(sources)])
             times.append(time.perf_counter() - started)
-        return sum(times) / len(times)
+        return statistics.median(times)
 
     def reference_rows(self) -> list[Measured]:
         """The source as output, and the reference as output."""
@@ -139,19 +140,24 @@ class Comparison:
             Measured("reference", None, len(references), self.score_texts(references), None),
         ]
 
-    def fewest_teacher_steps(self, student: float) -> Measured | None:
-        """The teacher sampler with the fewest calls whose headline is not below the student's."""
+    def fewest_teacher_steps(self) -> Measured | None:
+        """The teacher sampler with the fewest calls whose headline is not below the student's.
+
+        Both are scored on the same rows, candidates and seeds.
+        """
         assert self.teacher is not None
         candidates = min(_SEARCH_CANDIDATES, self.candidates)
         rows = min(_SEARCH_ROWS, len(self.rows))
+        headline = self.quality.headline
+        student = float(self.scores(self.student, 1, None, rows, candidates)[headline])
         for steps in _SEARCH_STEPS:
             self.say(f"searching the fewest-step teacher, {steps} calls")
             found = [
                 (self.scores(self.teacher, steps, method, rows, candidates), method)
                 for method in _SEARCH_METHODS
             ]
-            scores, method = max(found, key=lambda pair: float(pair[0][self.quality.headline]))
-            if scores[self.quality.headline] >= student - self.quality.tolerance:
+            scores, method = max(found, key=lambda pair: float(pair[0][headline]))
+            if scores[headline] >= student - self.quality.tolerance:
                 seconds = self.latency(self.teacher, steps, method)
                 samples = rows * candidates
                 return Measured(f"teacher, {method}", steps, samples, scores, seconds)
@@ -180,7 +186,7 @@ def compare_run(result: RunResult, say: Callable[[str], None] | None = None) -> 
     student = next(row for row in measured if row.system == "student" and row.steps == 1)
     fewest = None
     if comparison.teacher is not None:
-        fewest = comparison.fewest_teacher_steps(float(student.scores[comparison.quality.headline]))
+        fewest = comparison.fewest_teacher_steps()
     _write(comparison, measured, fewest)
     return "\n\n".join(
         [_table(comparison, measured).markdown(), *_notes(comparison, measured, student, fewest)]
@@ -242,7 +248,7 @@ def _notes(
 ) -> list[str]:
     quality, device = comparison.quality, comparison.student.device
     notes = [
-        f"± half of the 95 % bootstrap interval; ms/sample: mean of whole calls, text in to text "
+        f"± half of the 95 % bootstrap interval; ms/sample: median of whole calls, text in to text "
         f"out, batch 1, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{comparison.student.precision}."
     ]

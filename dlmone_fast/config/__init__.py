@@ -1,7 +1,7 @@
 """Configuration: what can be set, what is preset, and how the layers are merged."""
 
+from dlmone_fast.config.layering import from_dict, load_toml, merge, resolve, to_dict, to_toml
 from dlmone_fast.config.presets import PRESETS
-from dlmone_fast.config.resolve import from_dict, load_toml, merge, resolve, to_dict, to_toml
 from dlmone_fast.config.schema import (
     Config,
     DataConfig,

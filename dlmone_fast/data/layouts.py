@@ -40,6 +40,7 @@ def layout(
     long). Raise UsageError for a side without its [CLS] and [SEP] or a `seq_len` below 5.
     """
     check_seq_len(seq_len)
+    src_ids, trg_ids = list(map(int, src_ids)), list(map(int, trg_ids))
     _check_side("src_ids", src_ids, cls_id, sep_id)
     _check_side("trg_ids", trg_ids, cls_id, sep_id)
     room = seq_len - SEPARATORS

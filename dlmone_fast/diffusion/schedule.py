@@ -66,22 +66,49 @@ class Schedule:
         scale = 1000.0 / self.num_timesteps if self.config.rescale_timesteps else 1.0
         return t.float() * scale
 
-    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    def timesteps(self, t: Tensor | int, x: Tensor) -> Tensor:
+        """t as int64 [B] on x's device, for x [B, …]; one timestep serves all rows.
+
+        Raises:
+            UsageError: t is not of whole numbers, of another length, or out of 0 … T - 1 (checked
+                where that costs no wait for a device).
+        """
+        rows = torch.as_tensor(t)
+        if rows.is_floating_point() or rows.dtype == torch.bool or rows.dim() > 1:
+            raise UsageError(
+                "t must be whole timesteps [B] (rescaling happens inside), got "
+                f"{rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        if rows.device.type == "cpu" and rows.numel():
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or high >= self.num_timesteps:
+                raise UsageError(f"t must lie in 0 … {self.num_timesteps - 1}, got {low} to {high}")
+        rows = rows.to(device=x.device, dtype=torch.int64)
+        if rows.dim() == 1 and len(rows) != len(x):
+            raise UsageError(f"t must hold one timestep a row ({len(x)}), got {len(rows)}")
+        return rows.expand(len(x))
+
+    def q_sample(
+        self, x0: Tensor, t: Tensor | int, noise: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """Draw x_t from q(x_t | x_0) on target positions; source positions keep x_0.
 
         Args:
             x0: embeddings [B, L, d].
-            t: timesteps [B], integers in 0 … T - 1.
+            t: timesteps in 0 … T - 1, [B] or one for all.
             noise: standard normal draws, like x0.
             mask: [B, L], 0 on source positions; None: noise every position.
         """
+        t = self.timesteps(t, x0)
         x_t = self.at("alpha", t) * x0 + self.at("sigma", t) * noise
         return x_t if mask is None else keep_source(x_t, x0, mask)
 
 
 def keep_source(x: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-    """x [B, L, d] with the positions where mask [B, L] is 0 taken from `source`."""
-    return torch.where((mask == 0).unsqueeze(-1), source, x)
+    """x [B, L, d] with the positions where mask ([B, L], or broadcast as [B, L, d]) is 0 taken
+    from `source`."""
+    given = mask == 0
+    return torch.where(given if given.dim() == 3 else given.unsqueeze(-1), source, x)
 
 
 def column(values: Tensor) -> Tensor:

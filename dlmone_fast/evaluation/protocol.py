@@ -35,10 +35,12 @@ class CandidateModel(Protocol):
         on_overflow: str,
         progress: bool | None,
         encoded: Sequence[Sequence[int]] | None = None,
+        decode: str = "clean",
     ) -> CandidateBatch:
         """Generate `num_candidates` texts for each of `texts`, with one seed a text.
 
-        `encoded` holds the texts' ids where they were cut by `encode_jointly`.
+        `encoded` holds the texts' ids where they were cut by `encode_jointly`; `decode`
+        "diffuseq" asks for the original's decoding.
 
         None for `steps` and `sampler` means the model's default; for `progress`, a bar on a
         terminal.

@@ -20,8 +20,9 @@ from dlmone_fast.evaluation.seeds import MAX_SEED, row_seeds
 # (sources, candidates of each source) -> the entry `exact` of the result.
 ExactMetrics = Callable[[list[str], list[list[str]]], dict[str, Any]]
 
-MAX_CANDIDATES = 1024
-MAX_BATCH_SIZE = 65_536
+# What a loaded model takes (`runtime.options`): refused here before the data is read.
+MAX_CANDIDATES = 64
+MAX_BATCH_SIZE = 4096
 
 
 def evaluate_model(
@@ -62,7 +63,8 @@ def evaluate_model(
         bootstrap: resamples of the 95 % intervals; 0: none.
         seed: of the texts (each row has its own noise, see `row_seeds`) and of the bootstrap.
         joint_truncation: cut source and reference together to the sequence length, as DiffuSeq
-            does with its test rows, instead of the source alone to the model's limit.
+            does with its test rows, instead of the source alone to the model's limit; and decode
+            as it does, from the decoder's arg-max without a cut at the first [SEP].
         exact: task metrics that get the sources and each source's candidates; what they return
             becomes the entry `exact`.
         generations_dir: also write one file per candidate there, in DiffuSeq's format.
@@ -106,6 +108,7 @@ def evaluate_model(
         on_overflow=on_overflow,
         progress=progress,
         encoded=encoded,
+        decode="diffuseq" if joint_truncation else "clean",
     )
     candidates = [list(column) for column in zip(*batch.texts, strict=True)]
     if generations_dir is not None:
@@ -210,6 +213,6 @@ def _cost(batch: CandidateBatch) -> dict[str, float | int]:
     }
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{name}: expected {low} to {high}, got {value}.")
+def _check_range(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name}: expected {low} to {high}, got {value!r}.")

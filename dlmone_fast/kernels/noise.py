@@ -64,11 +64,12 @@ class Stream(IntEnum):
     GENERATOR_TIMESTEP = 9
     EMBEDDING_NOISE = 10
     TEACHER_NOISE = 11
-    TEACHER_SAMPLING = 12
     DROPOUT = 13
     BATCH_REAL = 14
     BATCH_FAKE = 15
     EVALUATION = 16
+    REAL_EMBEDDING_NOISE = 17
+    GENERATOR_EMBEDDING_NOISE = 18
 
 
 def philox_4x32(key: tuple[Tensor | int, Tensor | int], counter: Tensor) -> Tensor:

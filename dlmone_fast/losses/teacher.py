@@ -70,7 +70,7 @@ def token_nll(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> T
     losses = F.cross_entropy(tokens.logits(h[wanted]).float(), ids[wanted], reduction="none")
     rows = wanted.nonzero()[:, 0]
     total = torch.zeros(len(ids), device=h.device).index_add_(0, rows, losses)
-    return total / wanted.sum(1)
+    return total / wanted.sum(1).clamp(min=1)
 
 
 def _nll(tokens: TokenEmbedding, x0: Tensor, ids: Tensor, mask: Tensor, optimised: bool) -> Tensor:

@@ -14,6 +14,7 @@ from dlmone_fast.diffusion.schedule import keep_source
 from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
 from dlmone_fast.kernels.nearest_token import nearest_token
 from dlmone_fast.losses.teacher import teacher_loss
+from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import ModelFolder, check_tensors, load_folder
 from dlmone_fast.networks import DiffusionLM
 from dlmone_fast.samplers import steps
@@ -45,15 +46,16 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
         """x̂0 [B, L, d] of x_t [B, L, d] at timesteps t ([B], or one for all)."""
-        return self.lm(x_t, self.schedule.network_time(self._timesteps(x_t, t)))
+        time = self.schedule.network_time(self.schedule.timesteps(t, x_t))
+        return self.lm(self._checked(x_t), time)
 
     def logits(self, h: Tensor) -> Tensor:
         """Decoder logits [..., V] of h [..., d]."""
-        return self.lm.tokens.logits(h)
+        return self.lm.tokens.logits(h.to(self.lm.tokens.weight.dtype))
 
     def round(self, x: Tensor) -> Tensor:
         """Ids [B, L] of the L2-nearest embedding rows of x [B, L, d]."""
-        return nearest_token(x, self.embedding)
+        return nearest_token(self._checked(x), self.embedding)
 
     def round_to_embedding(self, x: Tensor) -> Tensor:
         """The L2-nearest embedding rows [B, L, d] of x [B, L, d]."""
@@ -63,7 +65,7 @@ class Denoiser(nn.Module):
         self,
         ids: Tensor,
         mask: Tensor,
-        t: Tensor,
+        t: Tensor | int,
         *,
         embedding_noise: Tensor,
         noise: Tensor,
@@ -74,13 +76,16 @@ class Denoiser(nn.Module):
         Args:
             ids: [B, L].
             mask: [B, L], 0 on source positions.
-            t: [B].
+            t: [B], or one for all.
             embedding_noise: standard normal draws [B, L, d] of x_0 around E(ids).
             noise: standard normal draws [B, L, d] of the forward process.
             config: another choice of terms; None: DiffuSeq's.
         """
+        noise, embedding_noise = self._checked(noise), self._checked(embedding_noise)
+        t = self.schedule.timesteps(t, noise)
+        config = config or TeacherConfig()
         return teacher_loss(
-            self.lm, self.schedule, config or TeacherConfig(), ids, mask, t, noise, embedding_noise
+            self.lm, self.schedule, config, ids.long(), mask, t, noise, embedding_noise
         )
 
     def ancestral_step(
@@ -102,7 +107,7 @@ class Denoiser(nn.Module):
             x_start: clean source embeddings [B, L, d]; needed with `mask`.
             clamp: round x̂0 to the nearest embedding first, as the original does.
         """
-        t = self._timesteps(x_t, t)
+        t, x_t = self.schedule.timesteps(t, x_t), self._checked(x_t)
         x = steps.ancestral(self.schedule, self._x0(x_t, t, clamp), x_t, t, noise)
         return _reset_source(x, mask, x_start)
 
@@ -120,7 +125,7 @@ class Denoiser(nn.Module):
         Arguments as for `ancestral_step`. The published loop runs at eta = 0: `noise` is accepted,
         so that recorded draws can be passed, and multiplied by zero.
         """
-        t = self._timesteps(x_t, t)
+        t, x_t = self.schedule.timesteps(t, x_t), self._checked(x_t)
         x = steps.published_ddim(self.schedule, self._x0(x_t, t, clamp), x_t, t)
         return _reset_source(x, mask, x_start)
 
@@ -128,14 +133,14 @@ class Denoiser(nn.Module):
         x0: Tensor = self(x_t, t)
         return self.round_to_embedding(x0) if clamp else x0
 
-    def _timesteps(self, x_t: Tensor, t: Tensor | int) -> Tensor:
-        steps_of_rows = torch.as_tensor(t, device=x_t.device)
-        if steps_of_rows.is_floating_point() or steps_of_rows.dim() > 1:
+    def _checked(self, x: Tensor) -> Tensor:
+        """x in the networks' dtype, if it is [B, L, d] with an L that has positions."""
+        width, most = self.config.embedding_dim, self.config.max_positions
+        if x.dim() != 3 or x.shape[2] != width or not 1 <= x.shape[1] <= most:
             raise UsageError(
-                "t must be integer timesteps [B] in 0 … T - 1 (rescaling happens inside), got "
-                f"{steps_of_rows.dtype} of shape {tuple(steps_of_rows.shape)}"
+                f"x must be [B, L, {width}] with L from 1 to {most}, got {tuple(x.shape)}"
             )
-        return steps_of_rows.expand(len(x_t)) if steps_of_rows.dim() == 0 else steps_of_rows
+        return x.to(self.lm.tokens.weight.dtype)
 
 
 def _reset_source(x: Tensor, mask: Tensor | None, x_start: Tensor | None) -> Tensor:
@@ -151,21 +156,24 @@ def load_teacher(path: str | os.PathLike[str], device: str | torch.device = "cpu
 
     Args:
         path: a model folder (of a teacher or a student).
-        device: where to put it.
+        device: auto, cpu, cuda or cuda:N.
 
     Raises:
+        UsageError: the device does not exist here.
         ModelFileError: the folder is missing, damaged, or its tensors do not fit its config.
     """
-    return denoiser_from_folder(load_folder(path)).to(device)
+    return denoiser_from_folder(load_folder(path)).to(pick_device(device))
 
 
 def denoiser_from_folder(folder: ModelFolder) -> Denoiser:
     """Build the networks that a verified model folder describes, and load its tensors."""
     model, diffusion = _configs(folder.config)
-    lm = DiffusionLM(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
+    with torch.device("meta"):
+        described = DiffusionLM(model).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in described.items()}
     check_tensors(expected, folder.tensors, folder.path)
-    lm.load_state_dict({name: tensor.float() for name, tensor in folder.tensors.items()})
+    tensors = {name: tensor.float() for name, tensor in folder.tensors.items()}
+    lm = DiffusionLM.from_tensors(model, tensors)
     return Denoiser(lm, Schedule(diffusion)).eval().requires_grad_(False)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from dlmone_fast.config import ModelConfig
@@ -17,6 +20,17 @@ class DiffusionLM(nn.Module):
         self.config = config
         self.tokens = TokenEmbedding(config)
         self.backbone = Backbone(config)
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> DiffusionLM:
+        """A model around given tensors, which it holds and does not copy.
+
+        Nothing is initialised, so no random number of the caller's is drawn.
+        """
+        with torch.device("meta"):
+            lm = cls(config)
+        lm.load_state_dict(tensors, assign=True)
+        return lm
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
         """x̂0 [B, L, d] of x_t [B, L, d] at network time [B]."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.data.layouts import SEPARATORS, kept_lengths
 from dlmone_fast.errors import TokenizerMissingError, UsageError
+from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
 from dlmone_fast.evaluation.protocol import CandidateBatch
 from dlmone_fast.kernels.nearest_token import nearest_token
@@ -155,6 +156,7 @@ class Generator:
         seed: int | Sequence[int] | None = 0,
         batch_size: int = 64,
         sampler: str | None = None,
+        eta: float | None = None,
         on_overflow: str = "error",
         return_dict: bool = False,
         progress: bool | None = None,
@@ -174,6 +176,7 @@ class Generator:
             seed: one seed for all prompts, one a prompt, or None for fresh ones.
             batch_size: rows a network call.
             sampler: a teacher's sampler, one of `dlmone_fast.samplers.METHODS`.
+            eta: noise of a teacher's ddim sampler, 0 (deterministic) to 1.
             on_overflow: "error" refuses a source above the model's limit, "truncate" cuts it.
             return_dict: return a `GenerationOutput` instead.
             progress: show a progress bar; None: for more than one batch on a terminal.
@@ -193,6 +196,7 @@ class Generator:
             seeds=seeds,
             batch_size=batch_size,
             sampler=sampler,
+            eta=eta,
             on_overflow=on_overflow,
             progress=progress,
         )
@@ -214,31 +218,36 @@ class Generator:
         seeds: Sequence[int],
         batch_size: int = 64,
         sampler: str | None = None,
+        eta: float | None = None,
         on_overflow: str = "error",
         progress: bool | None = None,
         encoded: Sequence[Sequence[int]] | None = None,
+        decode: str = "clean",
     ) -> CandidateBatch:
         """All candidates of each text, with the ids they were decoded from.
 
         Arguments as for `generate`, with one seed a text. `encoded` holds the texts' ids where the
-        caller has cut them itself (`encode_jointly`); only the layout limits their length.
+        caller has cut them itself (`encode_jointly`); only the layout limits their length. `decode`
+        "diffuseq" reads the decoder's arg-max instead of the nearest embedding and cuts nothing at
+        [SEP], as the original's decoding and clean-up do.
         """
         started = time.perf_counter()
         options.whole_number("num_candidates", num_candidates, 1, options.MAX_CANDIDATES)
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
         options.one_of("on_overflow", on_overflow, options.OVERFLOWS)
-        settings = self.settings.with_call(steps, sampler)
+        options.one_of("decode", decode, options.DECODINGS)
+        settings = self.settings.with_call(steps, sampler, eta)
         limit = self.settings.max_source_tokens
         if encoded is None:
             encoded = self.tokenizer.encode(list(texts))
         else:
             limit = self.denoiser.config.seq_len - SEPARATORS
         rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
-        ids = self._generate_rows(rows, settings, batch_size, progress)
+        ids = self._generate_rows(rows, settings, batch_size, progress, decode)
         targets = [
             row[mask != 0].tolist() for row, mask in zip(ids, rows.mask.to(ids.device), strict=True)
         ]
-        decoded = [self.tokenizer.decode_clean(target) for target in targets]
+        decoded = [self._text(target, decode) for target in targets]
         n = num_candidates
         return CandidateBatch(
             texts=[decoded[i : i + n] for i in range(0, len(decoded), n)],
@@ -246,6 +255,11 @@ class Generator:
             truncated=truncated,
             seconds=time.perf_counter() - started,
         )
+
+    def _text(self, target: list[int], decode: str) -> str:
+        if decode == "diffuseq":
+            return clean_text(self.tokenizer.decode(target), drop_padding=True)
+        return self.tokenizer.decode_clean(target)
 
     def _rows(
         self,
@@ -271,28 +285,38 @@ class Generator:
         return rows, truncated
 
     def _generate_rows(
-        self, rows: _Rows, settings: GenerationSettings, batch_size: int, progress: bool | None
+        self,
+        rows: _Rows,
+        settings: GenerationSettings,
+        batch_size: int,
+        progress: bool | None,
+        decode: str,
     ) -> Tensor:
         parts = [
-            self.generate_ids(rows.part(first, first + batch_size), settings)
+            self._generate_ids(rows.part(first, first + batch_size), settings, decode)
             for first in _progress(range(0, len(rows), batch_size), progress)
         ]
         return torch.cat(parts) if parts else rows.ids
 
     @torch.inference_mode()
-    def generate_ids(self, rows: _Rows, settings: GenerationSettings) -> Tensor:
+    def _generate_ids(
+        self, rows: _Rows, settings: GenerationSettings, decode: str = "clean"
+    ) -> Tensor:
         """Ids [B, L] of one network batch; source positions keep their ids."""
         ids, mask = rows.ids.to(self.device), rows.mask.to(self.device)
         x0, target = self._embeddings(rows, ids, mask, settings), mask != 0
+        if decode == "diffuseq":
+            return torch.where(target, self.denoiser.logits(x0).argmax(-1), ids)
         if len(rows) > 1 and self._has_canonical_ids(settings):
 
             def alone(row: int) -> Tensor:
-                return self.generate_ids(rows.part(row, row + 1), settings)[0]
+                return self._generate_ids(rows.part(row, row + 1), settings)[0]
 
             found, _ = round_canonically(x0, target, self._table, alone)
             return torch.where(target, found, ids)
-        ids[target] = nearest_token(x0[target], self._table)
-        return ids
+        found = torch.zeros_like(ids)
+        found[target] = nearest_token(x0[target], self._table)
+        return torch.where(target, found, ids)
 
     def _has_canonical_ids(self, settings: GenerationSettings) -> bool:
         # A sampler that rounds on its way, or 16-bit noise, is beyond what margins can mend.
@@ -311,7 +335,7 @@ class Generator:
 
         schedule = self.denoiser.schedule
         if settings.kind == "teacher":
-            chosen = SamplerOptions(settings.sampler, settings.steps)
+            chosen = SamplerOptions(settings.sampler, settings.steps, settings.eta)
             return sample(
                 self._predict, schedule, chosen, source, mask, noise, self._round_to_embedding
             )

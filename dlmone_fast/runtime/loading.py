@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from dlmone_fast.data.layouts import SEPARATORS, source_limit
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
+from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.samplers.grids import timestep_grid
 from dlmone_fast.tokenizer import Tokenizer
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -46,22 +49,6 @@ def load_model(
     return Generator(denoiser, tokenizer, settings, precision, described)
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device of a name; auto: a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name!r} is not there: torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} GPUs; use device='cpu' or 'auto'"
-        )
-    return device
-
-
 def pick_precision(name: str, device: torch.device) -> str:
     """The precision of a name on a device; auto: fp32 on a CPU, bf16 on a GPU."""
     if name not in PRECISIONS:
@@ -90,9 +77,16 @@ def _settings(folder: ModelFolder) -> GenerationSettings:
     if values["kind"] == "teacher":
         values = {"sampler": "ddim", "steps": 20, **values}
     seq_len = int(folder.config["model"]["seq_len"])
-    values.setdefault("max_source_tokens", seq_len // 2)
+    values.setdefault("max_source_tokens", min(seq_len // 2, seq_len - SEPARATORS))
     try:
-        return GenerationSettings(**values)
+        settings = GenerationSettings(**values)
+        source_limit(seq_len, settings.max_source_tokens)
+        last = int(folder.config["diffusion"]["num_timesteps"]) - 1
+        if settings.kind == "student" and settings.t_init > last:
+            raise UsageError(f"t_init must be at most {last}, got {settings.t_init}")
+        if settings.kind == "teacher":
+            timestep_grid(settings.sampler, settings.steps, last + 1)
+        return settings
     except (UsageError, TypeError) as error:
         where = Path(folder.path) / "generation_config.json"
         raise ModelFileError(f"{where}: {error}") from error

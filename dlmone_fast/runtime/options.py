@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ MAX_PROMPTS = 1_000_000
 MAX_SEED = (1 << 64) - 1
 SELECTIONS = ("none", "mbr")
 OVERFLOWS = ("error", "truncate")
+DECODINGS = ("clean", "diffuseq")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class GenerationSettings:
         kind: "student" (calls at t_init, re-noising between calls) or "teacher" (a sampler).
         steps: network calls of one generation.
         sampler: sampler of a teacher; "" for a student.
+        eta: noise of the ddim sampler, 0 (deterministic) to 1.
         t_init: timestep of a student's first call.
         scale_latent: a student is fed sigma(t_init) z rather than z.
         max_source_tokens: longest source in tokens, [CLS] and [SEP] included.
@@ -35,6 +38,7 @@ class GenerationSettings:
     kind: str = "student"
     steps: int = 1
     sampler: str = ""
+    eta: float = 0.0
     t_init: int = 1490
     scale_latent: bool = True
     max_source_tokens: int = 64
@@ -46,19 +50,28 @@ class GenerationSettings:
         if self.kind == "teacher" and self.sampler not in METHODS:
             raise UsageError(f"sampler must be one of {', '.join(METHODS)}; got {self.sampler!r}")
         whole_number("steps", self.steps, 1, 100_000)
+        if not isinstance(self.scale_latent, bool):
+            raise UsageError(f"scale_latent must be true or false, got {self.scale_latent!r}")
         whole_number("t_init", self.t_init, 1, 100_000)
         whole_number("max_source_tokens", self.max_source_tokens, 2, 4096)
         whole_number("max_chars", self.max_chars, 1, 10_000_000)
 
-    def with_call(self, steps: int | None, sampler: str | None) -> GenerationSettings:
-        """These settings with a call's own steps and sampler."""
-        if sampler is not None and self.kind == "student":
+    def with_call(
+        self, steps: int | None, sampler: str | None, eta: float | None
+    ) -> GenerationSettings:
+        """These settings with a call's own steps, sampler and eta."""
+        if self.kind == "student" and (sampler is not None or eta is not None):
             raise UsageError(
-                f"sampler={sampler!r} needs a teacher: this model is a one-step student, whose "
-                "only choice is steps"
+                f"sampler={sampler!r} and eta={eta!r} need a teacher: this model is a one-step "
+                "student, whose only choice is steps"
             )
         steps = self.steps if steps is None else whole_number("steps", steps, 1, 100_000)
-        return replace(self, steps=steps, sampler=self.sampler if sampler is None else sampler)
+        return replace(
+            self,
+            steps=steps,
+            sampler=self.sampler if sampler is None else sampler,
+            eta=self.eta if eta is None else eta,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,14 @@ class GenerationOutput:
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
     """The value, if it is an int within bounds."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    try:
+        # Whole numbers of other libraries, such as numpy's, are welcome; booleans are a slip.
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not low <= number <= high:
         raise UsageError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    return value
+    return number
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dlmone_fast.diffusion import Schedule
 from dlmone_fast.diffusion.schedule import keep_source
+from dlmone_fast.errors import UsageError
 from dlmone_fast.samplers import steps as step
 from dlmone_fast.samplers.grids import timestep_grid
 
@@ -33,6 +34,14 @@ class SamplerOptions:
     steps: int = 20
     eta: float = 0.0
     clamp: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
+            raise UsageError(f"eta must be a number from 0 to 1, got {self.eta!r}")
+        if self.eta and self.method != "ddim":
+            raise UsageError(
+                f"eta belongs to the ddim sampler, got eta={self.eta} for {self.method}"
+            )
 
     @property
     def rounds(self) -> bool:

@@ -87,10 +87,11 @@ class DistillPhase:
         self.validator.show_samples(self.student(self.best), "student", step, progress)
 
     def student(self, backbone: dict[str, Tensor]) -> Denoiser:
-        """The student with the given backbone weights, sharing the teacher's embeddings."""
-        lm = DiffusionLM(self.teacher.config).to(self.workspace.device)
-        lm.tokens.load_state_dict(self.teacher.lm.tokens.state_dict())
-        lm.backbone.load_state_dict(backbone)
+        """The student that holds the given backbone weights and the teacher's embeddings."""
+        tokens = self.teacher.lm.tokens.state_dict()
+        tensors = {f"tokens.{name}": value for name, value in tokens.items()}
+        tensors |= {f"backbone.{name}": value.detach() for name, value in backbone.items()}
+        lm = DiffusionLM.from_tensors(self.teacher.config, tensors)
         return Denoiser(lm, self.teacher.schedule).eval().requires_grad_(False)
 
     def state(self) -> State:

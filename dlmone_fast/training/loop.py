@@ -54,17 +54,20 @@ def run_phase(phase: Phase, workspace: Workspace, resume: str | os.PathLike[str]
     Raises:
         InterruptedAndSavedError: SIGTERM came; a checkpoint was saved first.
         DivergedError: too many steps in a row were not finite.
-        CheckpointError: a checkpoint cannot be read or written.
+        CheckpointError: a checkpoint cannot be read, or the run folder not written.
     """
     root = workspace.checkpoints(phase.name)
     found = resolve_resume(root, resume)
     start = _restore(phase, load_checkpoint(found)) if found else 0
     config = workspace.config
     progress = Progress(workspace.root, phase.name, start, phase.steps, config.log_every)
+    device = workspace.device
     try:
         if found:
             progress.say(f"{phase.name}: resumed from {found}")
-        _loop(phase, workspace, start, progress)
+        # Dropout draws from torch's global generators, which are the caller's.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            _loop(phase, workspace, start, progress)
     finally:
         progress.close()
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlmone_fast.config import Config
+from dlmone_fast.data.rows import load_rows
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
-from dlmone_fast.models.folder import load_folder
+from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
 from dlmone_fast.training.loop import run_phase
@@ -82,6 +83,7 @@ def run(
 
     Raises:
         UsageError: arguments that contradict each other.
+        DataError: data files are missing or malformed.
         DlmOneError: whatever stops a phase; see `training.loop.run_phase`.
     """
     if phase not in (*PHASES, "all"):
@@ -90,6 +92,8 @@ def run(
         raise UsageError("a checkpoint to resume from needs its --phase; got --phase all")
     if teacher and phase == "teacher":
         raise UsageError("--teacher names a teacher to distil; it cannot go with --phase teacher")
+    if phase in ("stage2", "all"):
+        _check_test_split(config)
     if phase in ("teacher", "all") and not teacher:
         workspace = open_workspace(config, resume="never" if resume == "never" else "auto")
         _train_teacher(workspace, "auto" if resume == "never" else resume)
@@ -109,6 +113,19 @@ def run(
         folder if (folder / "manifest.json").exists() else None,
         students[0] if students else None,
     )
+
+
+def with_teacher(config: Config, folder: ModelFolder) -> Config:
+    """The configuration with the model and diffusion of a teacher to distil."""
+    denoiser = denoiser_from_folder(folder)
+    return replace(config, model=denoiser.config, diffusion=denoiser.schedule.config)
+
+
+def _check_test_split(config: Config) -> None:
+    # The comparison that ends a run reads it: found now rather than after all training.
+    # A grammar is yet to be written, and a missing data_dir is open_workspace's to tell.
+    if config.data_dir and not config.is_grammar:
+        load_rows(config.data_dir, "test", limit=1)
 
 
 def _train_teacher(workspace: Workspace, resume: StrPath) -> None:
@@ -157,19 +174,21 @@ def _open_with_teacher(config: Config, teacher: StrPath, resume: str) -> tuple[W
             "use another --output-dir, or --phase stage1 and then --phase stage2"
         )
     loaded = load_folder(folder)
-    denoiser = denoiser_from_folder(loaded)
-    config = replace(config, model=denoiser.config, diffusion=denoiser.schedule.config)
+    config = with_teacher(config, loaded)
     tokenizer = _teacher_tokenizer(config, loaded.tokenizer_path, folder)
     return open_workspace(config, tokenizer, resume), folder
 
 
 def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Tokenizer:
     if saved is not None:
-        return Tokenizer.from_file(saved)
-    if config.data.vocab_file:
+        tokenizer = Tokenizer.from_file(saved)
+    elif config.data.vocab_file:
         vocab = find_vocabulary(config.data.vocab_file, Path(config.data_dir))
-        return Tokenizer.from_vocab_file(vocab, config.data.lowercase)
-    raise ModelFileError(
-        f"{folder} has no tokenizer.json; import the checkpoint again with --vocab, or name its "
-        "vocabulary with --data.vocab-file"
-    )
+        tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
+    else:
+        raise ModelFileError(
+            f"{folder} has no tokenizer.json; import the checkpoint again with --vocab, or name "
+            "its vocabulary with --data.vocab-file"
+        )
+    tokenizer.max_chars = config.data.max_chars
+    return tokenizer

@@ -13,22 +13,28 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dlmone_fast.training.workspace import writing
+
 
 class Progress:
     """Progress of one phase.
 
     Each record is one line of `metrics.jsonl`: phase, step, and what was measured. After a
     resume from a checkpoint the steps since then are logged again; the last line of a step holds.
+    A record that cannot be written raises CheckpointError.
     """
 
     def __init__(self, root: Path, phase: str, start: int, steps: int, log_every: int) -> None:
         self.phase = phase
         self.log_every = log_every
-        self._file = (root / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = root / "metrics.jsonl"
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05
         )
-        self._board = _tensorboard(root)
+        with writing(root / "tensorboard"):
+            self._board = _tensorboard(root)
         self._samples, self._since = 0, time.perf_counter()
         self._latest: dict[str, float] = {}
 
@@ -54,8 +60,9 @@ class Progress:
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one record of metrics.jsonl, and its numbers to TensorBoard."""
         line = {"phase": self.phase, "step": step, **{k: _json(v) for k, v in values.items()}}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -68,9 +75,11 @@ class Progress:
     def close(self) -> None:
         """End the bar and the files."""
         self._bar.close()
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with writing(self._path.with_name("tensorboard")):
+                self._board.close()
 
 
 def _json(value: Any) -> Any:

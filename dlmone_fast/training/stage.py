@@ -28,6 +28,8 @@ from dlmone_fast.training.optim import Ema, UpdateGuard, adamw, learning_rate, s
 from dlmone_fast.training.teacher_phase import autocast
 from dlmone_fast.training.workspace import Workspace
 
+_HELD_OUT_STEP = 1 << 31
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -149,8 +151,10 @@ class Stage:
     def fake_net_lag(self, step: int) -> float:
         """Score-matching loss of ψ on generated text over that of φ on real text.
 
-        Both networks see equally noisy inputs; a ratio that rises says that ψ lags behind θ.
+        Both networks see equally noisy inputs; a ratio that rises says that ψ lags behind θ. Rows
+        and noise are those of a step far beyond training: ψ has not just been fitted to them.
         """
+        step += _HELD_OUT_STEP
         slots = torch.arange(min(self.config.micro_batch_size, self.config.batch_size))
         self.score.eval()
         self.generator.eval()
@@ -171,7 +175,7 @@ class Stage:
         fake = self._conditions(self.fake_rows, step, slots)
         with torch.no_grad():
             x = self._generate(fake, step, Stream.SCORE_LATENT)
-            x = self._with_embedding_noise(x, fake, step)
+            x = self._with_embedding_noise(x, fake, step, Stream.EMBEDDING_NOISE)
         # One t for real and generated, separate noise (Algorithm 1).
         t = self._draw_t(Stream.SCORE_TIMESTEP, step, slots)
         time = self.schedule.network_time(t)
@@ -182,7 +186,9 @@ class Stage:
             if not self.config.score_adversarial_weight:
                 return dsm, torch.zeros_like(dsm)
             real = self._conditions(self.real_rows, step, slots)
-            x_real = self._with_embedding_noise(real.embeddings, real, step)
+            x_real = self._with_embedding_noise(
+                real.embeddings, real, step, Stream.REAL_EMBEDDING_NOISE
+            )
             noise = self._draw(Stream.SCORE_REAL_NOISE, step, slots)
             _, real_logits = self.score(self.schedule.q_sample(x_real, t, noise, real.mask), time)
         self.accuracy.add(t, real_logits, real.mask, fake_logits, fake.mask)
@@ -197,7 +203,7 @@ class Stage:
         x = self._generate(given, step, Stream.GENERATOR_LATENT)
         t = self._draw_t(Stream.GENERATOR_TIMESTEP, step, slots)
         noise = self._draw(Stream.GENERATOR_NOISE, step, slots)
-        x_noised = self._with_embedding_noise(x, given, step)
+        x_noised = self._with_embedding_noise(x, given, step, Stream.GENERATOR_EMBEDDING_NOISE)
         x_t = self.schedule.q_sample(x_noised, t, noise, given.mask)
         with autocast(self.workspace):
             x0_teacher = self.teacher(x_t, t)
@@ -232,11 +238,13 @@ class Stage:
             self.shared.scale_latent,
         )
 
-    def _with_embedding_noise(self, x: Tensor, given: Conditions, step: int) -> Tensor:
+    def _with_embedding_noise(
+        self, x: Tensor, given: Conditions, step: int, stream: Stream
+    ) -> Tensor:
         if not self.shared.embedding_noise:
             return x
         sigma = self.schedule.table("sigma", x.device)[0]
-        noisy = x + sigma * self._draw(Stream.EMBEDDING_NOISE, step, given.slots)
+        noisy = x + sigma * self._draw(stream, step, given.slots)
         return keep_source(noisy, given.embeddings, given.mask)
 
     def _micro_batches(self) -> list[Tensor]:

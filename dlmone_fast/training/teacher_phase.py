@@ -94,9 +94,8 @@ class TeacherPhase:
             return teacher_loss(self.lm, self.schedule, self.config, ids, mask, t, noise, start)
 
     def averaged(self) -> Denoiser:
-        """The moving average of the teacher, ready to use."""
-        lm = DiffusionLM(self.lm.config).to(self.workspace.device)
-        lm.load_state_dict(self.ema.values)
+        """The moving average of the teacher, ready to use until the next update."""
+        lm = DiffusionLM.from_tensors(self.lm.config, self.ema.values)
         return Denoiser(lm, self.schedule).eval().requires_grad_(False)
 
     def validate(self, step: int, progress: Progress) -> None:

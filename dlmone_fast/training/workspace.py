@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ import torch
 from dlmone_fast.config import Config, from_dict, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
-from dlmone_fast.errors import ConfigError, DataError
+from dlmone_fast.errors import CheckpointError, ConfigError, DataError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
+from dlmone_fast.models.plainfiles import unwritable
 from dlmone_fast.runtime.loading import pick_device
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import Tokenizer
@@ -35,7 +37,8 @@ PHASES = ("teacher", "stage1", "stage2")
 
 _GENERATED_ROWS = 1000
 
-# What may differ between two starts of one run without changing its result.
+# What may differ between two starts of one run: none of it changes the plan. Another device,
+# precision or compile may still change the last bits of the numbers.
 _FREE_KEYS = (
     "output_dir",
     "data_dir",
@@ -115,18 +118,30 @@ def open_workspace(
     Raises:
         ConfigError: the folder holds a run of another configuration, or the vocabulary differs.
         DataError: data files are missing or malformed.
+        ModelFileError: the folder cannot be written (CheckpointError), or its tokenizer.
     """
     root = run_folder(config)
-    root.mkdir(parents=True, exist_ok=True)
-    if resume == "never":
-        _clear(root)
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        if resume == "never":
+            _clear(root)
     data_dir = _data_dir(config, root)
     if tokenizer is None:
         tokenizer = _tokenizer(config, root, data_dir)
     config = with_vocabulary(config, tokenizer)
     _check_same_run(root, config)
-    write_atomically(root / "config.toml", [to_toml(config).encode()])
+    with writing(root / "config.toml"):
+        write_atomically(root / "config.toml", [to_toml(config).encode()])
     return Workspace(config, root, data_dir, pick_device(config.device), tokenizer)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write of something in the run folder into a CheckpointError that names it."""
+    try:
+        yield
+    except OSError as reason:
+        raise CheckpointError(unwritable(path, reason)) from reason
 
 
 def check_inputs(where: Path, found: Any, expected: dict[str, str]) -> None:
@@ -149,7 +164,9 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 natively; emulated, it is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    # torch has no public question for a CPU; a version without this one computes in fp32.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

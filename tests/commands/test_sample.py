@@ -117,7 +117,7 @@ def test_bad_rows_are_named(model: Path, monkeypatch: pytest.MonkeyPatch, line: 
         (["--num-candidates", 0], UsageError, "num_candidates must be"),
         (["--seed", -1], UsageError, "--seed: expected"),
         (["--steps", 0], UsageError, "steps must be"),
-        (["--sampler", "ddim"], UsageError, "needs a teacher"),
+        (["--sampler", "ddim"], UsageError, "need a teacher"),
         (["--device", "abacus"], UsageError, "device must be"),
         (["--input", "/none.txt"], DataError, "/none.txt: cannot be read"),
         (["--output", "/none/out.txt"], DataError, "/none/out.txt: cannot be written"),

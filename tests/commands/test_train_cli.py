@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +37,34 @@ def test_flags_override_the_file_and_the_file_the_preset(
     file.write_text("[teacher]\nsteps = 111\nbatch_size = 32\n")
     train.main([f"--config={file}", "--teacher.batch-size", "16", "--dry-run"])
     assert "111 steps of 16 rows" in capsys.readouterr().out
+
+
+def test_the_last_preset_and_file_count(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text("[teacher]\nsteps = 111\n")
+    train.main(["--preset", "qqp", "--config", "/none.toml", "--preset=grammar",
+                f"--config={file}", "--dry-run"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "preset grammar" in printed
+    assert "111 steps" in printed
+
+
+def test_a_given_teachers_sizes_are_planned_with(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    teacher = tiny.save(tmp_path / "teacher", "teacher")
+    steps = ["--distill.t-init", "30", "--distill.t-min", "1", "--distill.t-max", "30"]
+    steps += ["--evaluation.teacher-steps", "20 5"]
+    arguments = ["--preset", "qqp", "--teacher", str(teacher), *steps, "--dry-run"]
+    train.main(arguments)
+    printed = capsys.readouterr()
+    assert "2 layers of width 32" in printed.out
+    assert f"vocabulary {tiny.tokenizer().vocab_size}" in printed.out
+    assert printed.err == ""
+    train.main([*arguments, "--model.num-layers", "3"])
+    printed = capsys.readouterr()
+    assert "2 layers of width 32" in printed.out
+    assert "its own model and diffusion are used" in printed.err
 
 
 def test_parameters_and_the_vocabulary_that_is_known():

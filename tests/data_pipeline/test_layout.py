@@ -122,3 +122,12 @@ def test_source_limits_must_leave_room_for_a_target(limit: int) -> None:
 def test_unknown_overflow_rules_raise() -> None:
     with pytest.raises(UsageError, match="on_overflow"):
         layout_source(_side(3, 1000), 16, on_overflow="ignore")  # type: ignore[arg-type]
+
+
+def test_ids_may_be_numbers_of_other_libraries():
+    import numpy as np
+
+    src, trg = [101, 7, 8, 102], [101, 9, 102]
+    ids, mask = layout(np.array(src), np.array(trg), 12)
+    assert (ids, mask) == layout(src, trg, 12)
+    assert all(type(value) is int for value in ids + mask)

@@ -68,6 +68,10 @@ def test_tables_are_printed_without_json(
         (["--generations", "x", "--data-dir", "d"], "leave it out"),
         (["--generations", "x", "--task", "qpq"], "--task: expected one of qqp"),
         (["--generations", "x", "--bootstrap", "-5"], "bootstrap: expected 0"),
+        (["--generations", "x", "--mbr"], "--mbr: needs .* several --generations"),
+        (["model", "--data-dir", "d", "--mbr"], "--mbr: needs .* --num-candidates"),
+        (["model", "--data-dir", "d", "--device", "abacus"], "device must be"),
+        (["model", "--data-dir", "d", "--dtype", "fp64"], "dtype must be"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str) -> None:
@@ -140,6 +144,19 @@ def test_run_command_maps_outcomes_to_exit_codes(capsys: pytest.CaptureFixture[s
     assert outcome(KeyboardInterrupt()) == 130
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
+
+
+def test_a_full_disk_at_standard_output_is_one_message(files: list[str]) -> None:
+    command = [sys.executable, "-m", "dlmone_fast.evaluate", "--generations", files[0], "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--bootstrap", "0"], stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 4
+    assert done.stderr == (
+        "error: standard output: No space left on device; free space and run it again\n"
+    )
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

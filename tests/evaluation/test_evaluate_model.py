@@ -8,10 +8,12 @@ import pytest
 
 from dlmone_fast.data.rows import Row
 from dlmone_fast.errors import UsageError
+from dlmone_fast.evaluation import run as evaluation
 from dlmone_fast.evaluation.generations import read_generations
 from dlmone_fast.evaluation.protocol import CandidateBatch
 from dlmone_fast.evaluation.run import evaluate_generations, evaluate_model
 from dlmone_fast.evaluation.seeds import row_seeds
+from dlmone_fast.runtime import options as runtime
 
 ROWS = [
     Row("Is It Late?", "what TIME is it?", 1),
@@ -38,6 +40,7 @@ class EchoModel:
         on_overflow: str,
         progress: bool | None,
         encoded: Sequence[Sequence[int]] | None = None,
+        decode: str = "clean",
     ) -> CandidateBatch:
         self.calls.append(
             {
@@ -46,6 +49,7 @@ class EchoModel:
                 "steps": steps,
                 "on_overflow": on_overflow,
                 "encoded": encoded,
+                "decode": decode,
             }
         )
         outputs = [
@@ -120,6 +124,9 @@ def test_rows_come_from_a_folder(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"rows": ROWS, "num_candidates": 0}, "num_candidates: expected 1 to"),
+        ({"rows": ROWS, "num_candidates": 65}, "num_candidates: expected 1 to 64, got 65"),
+        ({"rows": ROWS, "num_candidates": True}, "num_candidates: expected 1 to 64, got True"),
+        ({"rows": ROWS, "batch_size": "8"}, "batch_size: expected 1 to 4096, got '8'"),
         ({"rows": ROWS, "batch_size": 0}, "batch_size: expected 1 to"),
         ({"rows": ROWS, "max_rows": -1}, "max_rows: expected 0 to"),
         ({"rows": ROWS, "seed": 2**64}, "seed: expected 0 to"),
@@ -133,6 +140,11 @@ def test_arguments_are_bounded(options: dict[str, Any], message: str) -> None:
         evaluate_model(EchoModel(), **options)
 
 
+def test_bounds_are_those_of_a_loaded_model() -> None:
+    assert evaluation.MAX_CANDIDATES == runtime.MAX_CANDIDATES
+    assert evaluation.MAX_BATCH_SIZE == runtime.MAX_BATCH_SIZE
+
+
 def test_a_path_is_not_a_model() -> None:
     with pytest.raises(UsageError, match=r"dlmone_fast\.load\(path\)"):
         evaluate_model("some/folder", rows=ROWS)  # type: ignore[arg-type]
@@ -142,3 +154,4 @@ def test_joint_truncation_cuts_sources_and_references_together() -> None:
     model = EchoModel()
     evaluate_model(model, rows=ROWS, joint_truncation=True, bootstrap=0)
     assert model.calls[0]["encoded"] == [[1, len(row.src), 2] for row in ROWS]
+    assert model.calls[0]["decode"] == "diffuseq"

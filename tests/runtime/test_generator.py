@@ -200,3 +200,24 @@ def ids_of(
     return generator.generate(
         prompts, seed=seeds, batch_size=batch_size, return_dict=True, progress=False
     ).token_ids
+
+
+def test_eta_is_the_noise_of_a_teachers_ddim(student: Generator, teacher: Generator):
+    plain = teacher.generate("ba be", sampler="ddim", steps=6, eta=0.0)
+    assert plain == teacher.generate("ba be", sampler="ddim", steps=6)
+    assert plain != teacher.generate("ba be", sampler="ddim", steps=6, eta=1.0)
+    for eta in (-0.1, 1.1, "high"):
+        with pytest.raises(UsageError, match="eta must be a number from 0 to 1"):
+            teacher.generate("ba", sampler="ddim", eta=eta)
+    with pytest.raises(UsageError, match="belongs to the ddim sampler"):
+        teacher.generate("ba", sampler="q-sampling", eta=0.5)
+    with pytest.raises(UsageError, match="need a teacher"):
+        student.generate("ba", eta=0.5)
+
+
+def test_the_originals_decoding_takes_the_decoders_choice_and_cuts_nothing(student: Generator):
+    found = student.generate_candidates(["ba be"], seeds=[0], decode="diffuseq")
+    text, ids = found.texts[0][0], found.token_ids[0][0]
+    kept = [i for i in ids if i not in {student.tokenizer.sep_id, student.tokenizer.cls_id,
+                                        student.tokenizer.pad_id}]  # fmt: skip
+    assert text.split() == student.tokenizer.decode(kept).split()

@@ -1,15 +1,22 @@
-"""A run continues only with the data and the teacher that it was started with."""
+"""What a run folder refuses: other data or another teacher, and writes that fail."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from dlmone_fast.errors import ConfigError
-from dlmone_fast.training import RunResult, run
+from dlmone_fast.config import Config
+from dlmone_fast.errors import CheckpointError, ConfigError, DataError
+from dlmone_fast.training import RunResult, pipeline, run, train_teacher, workspace
+
+Make = Callable[..., Config]
 
 
 @pytest.fixture
@@ -48,3 +55,68 @@ def test_a_student_of_another_teacher_is_not_taken_for_this_ones(copied: RunResu
     assert teacher is not None
     with pytest.raises(ConfigError, match="stage1: was made from another teacher"):
         run(copied.workspace.config, "stage1", teacher=teacher)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tiny: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/run: cannot be written \(Not a directory\)"):
+        train_teacher(tiny(tmp_path / "file" / "run"))
+
+
+def test_a_configuration_that_cannot_be_written_is_named(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, chunks: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workspace, "write_atomically", full)
+    with pytest.raises(CheckpointError, match=r"config\.toml: cannot be written \(No space left"):
+        train_teacher(tiny(tmp_path / "run"))
+
+
+def test_metrics_that_cannot_be_written_are_named(tiny: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written \(No space left"):
+        train_teacher(tiny(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"neither test\.jsonl nor"), ("{}\n", r"test\.jsonl, line 1: key 'src' is missing")],
+)
+@pytest.mark.parametrize("phase", ["all", "stage2"])
+def test_the_test_split_is_checked_before_training(
+    tiny: Make, tmp_path: Path, content: str | None, message: str, phase: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    row = json.dumps({"src": "is tea good", "trg": "is tea healthy"}) + "\n"
+    for split in ("train", "valid"):
+        (data / f"{split}.jsonl").write_text(row)
+    if content is not None:
+        (data / "test.jsonl").write_text(content)
+    config = tiny(tmp_path / "run", data_dir=str(data), data={"task": "qqp"})
+    with pytest.raises(DataError, match=message):
+        run(config, phase)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_given_teachers_tokenizer_takes_the_configured_length(
+    tiny: Make, tmp_path: Path, finished: RunResult
+) -> None:
+    config = tiny(tmp_path / "run", data={"max_chars": 321})
+    opened, _ = pipeline._open_with_teacher(config, finished.root / "teacher", "auto")
+    assert opened.tokenizer.max_chars == 321
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tiny: Make, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train_teacher(tiny(tmp_path / "run", teacher={"steps": 2}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_torchs_probe_a_cpu_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert workspace.multiplies_bf16(torch.device("cpu")) is False
