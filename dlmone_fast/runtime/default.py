@@ -17,7 +17,7 @@ ENVIRONMENT_VARIABLE = "DLMONE_FAST_MODEL"
 _PACKAGED = Path(__file__).parents[1] / "assets"
 
 _lock = threading.Lock()
-_loaded: dict[tuple[str, str, str], Generator] = {}
+_loaded: dict[Path, tuple[int, Generator]] = {}
 _last: list[Generator] = []
 
 
@@ -54,7 +54,7 @@ def generate(
         model: a `Generator`, a model folder or a packaged model's name. None: the last `load`,
             else the folder in DLMONE_FAST_MODEL, else the packaged model.
         call: `steps`, `num_candidates`, `select`, `seed`, `batch_size`, `sampler`,
-            `on_overflow`, `return_dict`, `progress`: see `Generator.generate`.
+            `eta`, `on_overflow`, `return_dict`, `progress`: see `Generator.generate`.
 
     Raises:
         ModelNotLoadedError: no model is named and none is found.
@@ -130,11 +130,9 @@ def _locate(path_or_name: str | os.PathLike[str]) -> Path:
 def _cached(path: Path) -> Generator:
     # The manifest's time of change stands for the content: a retrained folder loads anew.
     manifest = path / "manifest.json"
-    stamp = str(manifest.stat().st_mtime_ns) if manifest.exists() else ""
-    key = (str(path.resolve()), stamp, "auto")
+    stamp = manifest.stat().st_mtime_ns if manifest.exists() else 0
+    key = path.resolve()
     with _lock:
-        if key not in _loaded:
-            for stale in [k for k in _loaded if k[0] == key[0]]:
-                del _loaded[stale]
-            _loaded[key] = load_model(path)
-        return _loaded[key]
+        if key not in _loaded or _loaded[key][0] != stamp:
+            _loaded[key] = stamp, load_model(path)
+        return _loaded[key][1]
