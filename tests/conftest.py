@@ -10,6 +10,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Without a GPU, Triton kernels run in its interpreter, on CPU tensors and only when asked for by
+# name. Triton reads this when a kernel is defined, so it is set before any is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tiny tensors lose by more threads: waiting for each other costs more than the work.
 torch.set_num_threads(1)
 

@@ -19,6 +19,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dlmone_fast.errors import BackendUnavailableError
 
 ENVIRONMENT_VARIABLE = "DLMONE_KERNEL_BACKEND"
@@ -31,11 +33,13 @@ class Backend:
 
     `usable` gets the operation's tensors and returns None, or the reason why this backend
     cannot run on them here. `run` gets the same arguments after the operation checked them.
+    `automatic` says whether "auto" may take it: an interpreter runs only when it is named.
     """
 
     name: str
     usable: Callable[..., str | None]
     run: Callable[..., Any]
+    automatic: Callable[[], bool] = lambda: True
 
 
 _BACKENDS: dict[str, tuple[Backend, ...]] = {}
@@ -81,11 +85,24 @@ def select(op: str, *tensors: Any, kernel_backend: str | None = None) -> Backend
     for backend in _BACKENDS[op]:
         if wanted not in (AUTO, backend.name):
             continue
+        if wanted == AUTO and not backend.automatic():
+            reasons[backend.name] = "it runs only when asked for by name"
+            continue
         reason = backend.usable(*tensors)
         if reason is None:
             return backend
         reasons[backend.name] = reason
     raise BackendUnavailableError(_refusal(op, wanted, reasons, tensors))
+
+
+@torch.compiler.assume_constant_result
+def requested(op: str, kernel_backend: str | None = None) -> str:
+    """The name that is asked for now: what an operation hands on to its backward pass.
+
+    The backward pass may run in another thread, where `force_backend` does not reach. Under
+    `torch.compile` the request is read once, while tracing.
+    """
+    return kernel_backend or _requested(op)
 
 
 def _requested(op: str) -> str:
