@@ -44,3 +44,56 @@ def squared_distances(x: Tensor, rows: Tensor) -> Tensor:
         width //= 2
         squares = squares[..., :width] + squares[..., width:]
     return squares.squeeze(-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def distillation_loss(
+    x: Tensor,
+    x0_teacher: Tensor,
+    x0_score: Tensor,
+    mask: Tensor,
+    form: str,
+    mu: float,
+    weight_floor: float,
+    multiplier: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and weight [B] in fp64; autograd through the loss gives the gradients."""
+    losses, weights = [], []
+    for row, target in enumerate(mask != 0):
+        x_b, teacher, score = (part[row][target].double() for part in (x, x0_teacher, x0_score))
+        distance = (x_b - teacher).detach().abs()
+        weight = distance.mean().clamp(min=weight_floor) if distance.numel() else weight_floor
+        a, r = teacher - score, score - x_b
+        terms = -a.detach() * x_b if form == "kl" else (1 - mu) * a * a + a * r
+        h = 1.0 if multiplier is None else multiplier[row].detach().double()
+        losses.append(h * terms.sum() / (weight * max(1, terms.numel())))
+        weights.append(torch.as_tensor(weight, dtype=torch.float64, device=x.device))
+    return torch.stack(losses), torch.stack(weights)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + residual over the last dimension, and the sum itself, fp64."""
+    total = x.double() + residual.double()
+    centred = total - total.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return centred / deviation * weight.double() + bias.double(), total
+
+
+def input_layer_norm(
+    projected: Tensor, position: Tensor, time: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm of projected [B, L, H] + position [L', H] + time [B, H], fp64."""
+    added = position[: projected.shape[1]].double() + time.double()[:, None]
+    return add_layer_norm(projected, added, weight, bias, eps)[0]
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """v Phi(v) for v = x + bias and the standard normal distribution function Phi, fp64."""
+    v = x.double() + bias.double()
+    return 0.5 * v * torch.erfc(-v / 2**0.5)
+
+
+def bias_tanh(x: Tensor, bias: Tensor) -> Tensor:
+    """tanh(x + bias), fp64."""
+    return torch.tanh(x.double() + bias.double())
