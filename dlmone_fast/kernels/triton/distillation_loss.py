@@ -104,7 +104,7 @@ def _write_tile(
         tl.store(of_score_ptr + offset, of_score.to(of_x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_h", "kl"])
 def distillation_whole(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, h_ptr, has_h, factor,
     loss_ptr, weight_ptr, scale_ptr, of_x_ptr, of_teacher_ptr, of_score_ptr,
@@ -129,7 +129,7 @@ def distillation_whole(
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kl"])
 def distillation_part(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, sums_ptr, numbers_ptr,
     L, D, parts, rows_per_part, kl, rest, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -146,7 +146,7 @@ def distillation_part(
     tl.store(numbers_ptr + pid, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_h"])
 def distillation_total(
     sums_ptr, numbers_ptr, h_ptr, has_h, factor, loss_ptr, weight_ptr, scale_ptr,
     parts, floor, BLOCK: tl.constexpr,
@@ -169,7 +169,7 @@ def distillation_total(
     tl.store(scale_ptr + sample, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["upstream_stride", "skip_ones", "has_upstream"])
 def distillation_gradients(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, scale_ptr, upstream_ptr, upstream_stride,
     of_x_ptr, of_teacher_ptr, of_score_ptr, L, D, row_tiles, column_tiles, rest, skip_ones,
