@@ -35,6 +35,9 @@ _TILE_LOGITS = 1 << 19
 # making every tile again: they are still in a cache, and a pass over few words is mostly overhead.
 _KEPT_LOGITS = 1 << 20
 
+# Finite, so that a tile of words that are all ruled out (bias -inf) adds 0 and not NaN.
+_LOWEST = torch.finfo(torch.float32).min
+
 
 def linear_cross_entropy(
     h: Tensor,
@@ -118,7 +121,7 @@ def _forward(
     wanted: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [N], (m, s) [2, N], and what the torch backend keeps or an empty tensor."""
+    """Losses [N], (m, s) [2, N], and what the backend keeps for the backward pass."""
     if targets.device.type == "cpu":
         _check_targets(targets, selected, len(embedding))
     backend = dispatch.select(_OP, h, kernel_backend=wanted)
@@ -130,9 +133,12 @@ def _forward(
 @_forward.register_fake
 def _(h, embedding, bias, targets, selected, wanted, keep):  # type: ignore[no-untyped-def]
     backend = dispatch.select(_OP, h, kernel_backend=wanted)
-    kept = _kept_shape(h, embedding, keep) if backend.name == "torch" else (0,)
-    shapes = ((len(h),), (2, len(h)), kept)
-    return tuple(h.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    losses = h.new_empty(len(h), dtype=torch.float32)
+    statistics = h.new_empty(2, len(h), dtype=torch.float32)
+    if backend.name == "triton":
+        return losses, statistics, h.new_empty(len(h) + 1, dtype=torch.int32)
+    kept = _kept_shape(h, embedding, keep)
+    return losses, statistics, h.new_empty(kept, dtype=torch.float32)
 
 
 @torch.library.custom_op("dlmone_fast::linear_cross_entropy_backward", mutates_args=())
@@ -192,7 +198,7 @@ def _check(
         "bias": (bias, (v,)),
     }
     for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise UsageError(
                 f"linear_cross_entropy: {name} must have shape {tuple(shape)} for h "
                 f"{tuple(h.shape)} and embedding ({v}, {d}), got {tuple(tensor.shape)}"
@@ -316,7 +322,7 @@ def _online(
     x: Tensor, embedding: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(m, s = sum exp(z - m), target logit), the maximum and the sum kept up to date by tile."""
-    m, s, target = x.new_full((len(x),), -torch.inf), x.new_zeros(len(x)), x.new_zeros(len(x))
+    m, s, target = x.new_full((len(x),), _LOWEST), x.new_zeros(len(x)), x.new_zeros(len(x))
     tile_words, storage = _tile(len(x), embedding)
     for first in range(0, len(embedding), tile_words):
         words = embedding[first : first + tile_words].float()
@@ -354,7 +360,8 @@ def _again(
         for rows in _token_tiles(len(x)):
             z = _shaped(storage, x[rows], words)
             # The product is added to b - m in place: no further pass to subtract m.
-            torch.sub(0.0 if bias is None else bias[None, part].float(), m[rows, None], out=z)
+            offset = 0.0 if bias is None else bias[None, part].float()
+            torch.sub(offset, m[rows, None].expand_as(z), out=z)
             z.addmm_(x[rows], words.T).exp_()
             place, inside = _place(targets[rows], first, len(words))
             z[torch.arange(len(z), device=z.device), place] -= s[rows] * inside
