@@ -13,6 +13,8 @@ and s = sum_v exp(z_v - m): m + log s alone would round away what p needs when l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,8 +83,19 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         losses: Tensor = _LinearCrossEntropy.apply(*operands, *where)
     else:
-        losses = _forward(*operands, *where, keep=False)[0]
+        losses = _op(_forward, _run_forward)(*operands, *where, False)[0]
     return losses.view(targets.shape)
+
+
+def _op(custom: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    # A compiler needs the custom op; in eager mode its bookkeeping takes longer than a small loss.
+    return custom if torch.compiler.is_compiling() else plain
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -96,9 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         selected: Tensor | None,
         wanted: str,
     ) -> Tensor:
-        losses, statistics, kept = _forward(
-            h, embedding, bias, targets, selected, wanted, keep=True
-        )
+        run = _op(_forward, _run_forward)
+        losses, statistics, kept = run(h, embedding, bias, targets, selected, wanted, True)
         ctx.save_for_backward(h, embedding, bias, targets, selected, statistics, kept)
         ctx.wanted = wanted
         return losses
@@ -106,13 +118,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
         wants = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-        found = _backward(gradient, *ctx.saved_tensors, ctx.wanted, *wants)
+        run = _op(_backward, _run_backward)
+        found = run(gradient, *ctx.saved_tensors, ctx.wanted, *wants)
         gradients = [g if wanted else None for g, wanted in zip(found, wants, strict=True)]
         return (*gradients, None, None, None)
 
 
-@torch.library.custom_op("dlmone_fast::linear_cross_entropy_forward", mutates_args=())
-def _forward(
+def _run_forward(
     h: Tensor,
     embedding: Tensor,
     bias: Tensor | None,
@@ -122,12 +134,15 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [N], (m, s) [2, N], and what the backend keeps for the backward pass."""
-    if targets.device.type == "cpu":
-        _check_targets(targets, selected, len(embedding))
     backend = dispatch.select(_OP, h, kernel_backend=wanted)
-    with torch.autocast(h.device.type, enabled=False):
+    with _without_autocast(h.device):
         losses, statistics, kept = backend.run(h, embedding, bias, targets, selected, keep)
     return losses, statistics, kept
+
+
+_forward = torch.library.custom_op(
+    "dlmone_fast::linear_cross_entropy_forward", _run_forward, mutates_args=()
+)
 
 
 @_forward.register_fake
@@ -141,8 +156,7 @@ def _(h, embedding, bias, targets, selected, wanted, keep):  # type: ignore[no-u
     return losses, statistics, h.new_empty(kept, dtype=torch.float32)
 
 
-@torch.library.custom_op("dlmone_fast::linear_cross_entropy_backward", mutates_args=())
-def _backward(
+def _run_backward(
     gradient: Tensor,
     h: Tensor,
     embedding: Tensor,
@@ -159,13 +173,18 @@ def _backward(
     """Gradients of h, embedding and bias; an empty tensor for each that is not wanted."""
     backend = dispatch.select(_OP_BACKWARD, h, kernel_backend=wanted)
     saved = (h, embedding, bias, targets, selected, statistics, kept)
-    with torch.autocast(h.device.type, enabled=False):
+    with _without_autocast(h.device):
         found = backend.run(gradient, *saved, want_h, want_embedding, want_bias)
     like = (h, embedding, h if bias is None else bias)
     dh, de, db = (
         t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)
     )
     return dh, de, db
+
+
+_backward = torch.library.custom_op(
+    "dlmone_fast::linear_cross_entropy_backward", _run_backward, mutates_args=()
+)
 
 
 @_backward.register_fake
@@ -223,15 +242,15 @@ def _check(
             )
 
 
-def _check_targets(targets: Tensor, selected: Tensor | None, v: int) -> None:
-    outside = (targets < 0) | (targets >= v)
-    if selected is not None:
-        outside &= selected
-    if outside.any():
-        found = int(targets[outside][0])
+def _check_targets(selected_targets: Tensor, v: int) -> None:
+    # Reading a value makes the host wait for a GPU: checked on CPUs alone.
+    if selected_targets.device.type != "cpu" or not selected_targets.numel():
+        return
+    low, high = (int(extreme) for extreme in selected_targets.aminmax())
+    if low < 0 or high >= v:
         raise UsageError(
             f"linear_cross_entropy: targets must lie in [0, {v}) at selected positions, "
-            f"found {found}; leave such positions out with mask="
+            f"found {low if low < 0 else high}; leave such positions out with mask="
         )
 
 
@@ -250,6 +269,7 @@ def _torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows(selected)
     x, y = _take(h, rows).float(), _take(targets, rows)
+    _check_targets(y, len(embedding))
     kept = torch.empty(_kept_shape(h, embedding, keep), dtype=torch.float32, device=h.device)
     if kept.numel():
         m, s, target = _keeping(x, embedding.float(), bias, y, kept[: len(x)])
@@ -260,9 +280,8 @@ def _torch(
     if rows is None:
         return found, torch.stack((m, s)), kept
     losses = found.new_zeros(len(h)).index_copy_(0, rows, found)
-    statistics = found.new_zeros(2, len(h))
-    statistics[0, : len(x)], statistics[1, : len(x)] = m, s
-    return losses, statistics, kept
+    padding = (0, len(h) - len(x))
+    return losses, torch.nn.functional.pad(torch.stack((m, s)), padding), kept
 
 
 def _torch_backward(
@@ -284,12 +303,15 @@ def _torch_backward(
     # Tiles hold s (p - [v = y]), so that a pass over vectors of V numbers is saved.
     weight = _take(gradient, rows) / s
     weighted = x * weight[:, None]
-    dx = torch.zeros_like(x) if want_h else None
-    de = torch.zeros_like(embedding, dtype=torch.float32) if want_embedding else None
-    db = x.new_zeros(len(embedding)) if want_bias else None
     if kept.numel():
-        _products(kept[: len(x)], weighted, weight, embedding.float(), dx, de, db)
+        z = kept[: len(x)]
+        dx = z @ embedding.float() if want_h else None
+        de = z.T @ weighted if want_embedding else None
+        db = z.T @ weight if want_bias else None
     else:
+        dx = torch.zeros_like(x) if want_h else None
+        de = torch.zeros_like(embedding, dtype=torch.float32) if want_embedding else None
+        db = x.new_zeros(len(embedding)) if want_bias else None
         _again(x, embedding, bias, y, m, s, weighted, weight, dx, de, db)
     if dx is not None:
         dx = dx.mul_(weight[:, None]).to(h.dtype)
@@ -312,9 +334,10 @@ def _keeping(
     """(m, s = sum exp(z - m), target logit); z becomes s (p - [v = y])."""
     _logits(x, embedding, bias, z)
     m = z.amax(1)
-    target = z.gather(1, targets[:, None]).squeeze(1)
+    place = targets[:, None]
+    target = z.gather(1, place)[:, 0]
     s = z.sub_(m[:, None]).exp_().sum(1)
-    z[torch.arange(len(z), device=z.device), targets] -= s
+    _subtract(z, place, s)
     return m, s, target
 
 
@@ -364,27 +387,18 @@ def _again(
             torch.sub(offset, m[rows, None].expand_as(z), out=z)
             z.addmm_(x[rows], words.T).exp_()
             place, inside = _place(targets[rows], first, len(words))
-            z[torch.arange(len(z), device=z.device), place] -= s[rows] * inside
-            dx_part = None if dx is None else dx[rows]
-            _products(z, weighted[rows], weight[rows], words, dx_part, de_part, db_part)
+            _subtract(z, place[:, None], s[rows] * inside)
+            # The weights multiply vectors of d numbers, not of V.
+            if dx is not None:
+                dx[rows].addmm_(z, words)
+            if de_part is not None:
+                de_part.addmm_(z.T, weighted[rows])
+            if db_part is not None:
+                db_part.addmv_(z.T, weight[rows])
 
 
-def _products(
-    p: Tensor,
-    weighted: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    dx: Tensor | None,
-    de: Tensor | None,
-    db: Tensor | None,
-) -> None:
-    # The weights multiply vectors of d numbers, not of V.
-    if dx is not None:
-        dx.addmm_(p, words)
-    if de is not None:
-        de.addmm_(p.T, weighted)
-    if db is not None:
-        db.addmv_(p.T, weight)
+def _subtract(z: Tensor, place: Tensor, values: Tensor) -> None:
+    z.scatter_(1, place, z.gather(1, place).sub_(values[:, None]))
 
 
 def _logits(x: Tensor, words: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -416,6 +430,9 @@ def _shaped(storage: Tensor, x: Tensor, words: Tensor) -> Tensor:
 def _triton(*arguments: Any) -> Any:
     from dlmone_fast.kernels.triton import linear_cross_entropy as kernels
 
+    _, embedding, _, targets, selected, _ = arguments
+    if targets.device.type == "cpu":
+        _check_targets(_take(targets, _rows(selected)), len(embedding))
     return kernels.forward(*arguments)
 
 

@@ -338,12 +338,12 @@ def _forward_tile(dtype: torch.dtype) -> dict[str, int]:
 
 
 def _backward_tile(dtype: torch.dtype, d: int) -> dict[str, int]:
-    # tf32x3 holds both halves of each operand in registers: half the tile.
+    # tf32x3 holds both halves of each operand in registers, and 256 channels fill them: half tiles.
     fp32 = dtype == torch.float32
     channels = min(128 if fp32 else _WIDEST_CHANNEL_TILE, max(64, triton.next_power_of_2(d)))
     depth = 32 if fp32 else 64
     return {
-        "TOKENS": _TILE // 2 if fp32 else _TILE,
+        "TOKENS": _TILE // 2 if fp32 or channels > 128 else _TILE,
         "WORDS": _TILE,
         "DEPTH": depth,
         "CHANNELS": channels,
