@@ -26,6 +26,16 @@ from dlmone_fast.errors import BackendUnavailableError
 ENVIRONMENT_VARIABLE = "DLMONE_KERNEL_BACKEND"
 AUTO = "auto"
 
+OPERATIONS = (
+    "noise",
+    "forward_diffusion",
+    "distillation_loss",
+    "linear_cross_entropy",
+    "blocks",
+    "nearest_token",
+)
+"""The modules of this package that hold operations; importing one registers its backends."""
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -9,7 +9,6 @@ from torch import Tensor
 from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels import dispatch, reference
 from dlmone_fast.kernels.distillation_loss import GRADIENTS, distillation_loss, weight_floor
-from dlmone_fast.losses.distillation import sid_loss, sid_weight
 from tests.kernels.tolerances import assert_matches
 
 BACKENDS = ("torch", "triton")
@@ -158,22 +157,13 @@ def test_the_reference_has_the_gradient_of_its_formula(form: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mu", [0.5, 1.0, 1.2])
-def test_agrees_with_the_official_form_and_with_the_losses_package(
-    backend: str, mu: float, device: torch.device
-) -> None:
+def test_agrees_with_the_official_form(backend: str, mu: float, device: torch.device) -> None:
     shape = (3, 20, 24)
     parts = inputs(shape, device)
     mask = (torch.arange(20, device=device) >= 8).long().expand(3, 20)
     loss, weight = distillation_loss(
         *parts, mask, mu=mu, weight_floor=FLOOR, kernel_backend=backend
     )
-    old_weight = sid_weight(parts.x, parts.teacher, mask, FLOOR)
-    old = sid_loss(*parts, mask, mu, old_weight)
-    torch.testing.assert_close(weight, old_weight)
-    torch.testing.assert_close(loss, old)
-    ones = torch.ones(3, device=device)
-    for got, wanted in zip(gradients(loss, parts, ones), gradients(old, parts, ones), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-8)
     x, teacher, score = (part.detach()[:, 8:] for part in parts)
     a = teacher - score
     official = (a * ((teacher - x) - mu * a)).mean((1, 2)) / weight
