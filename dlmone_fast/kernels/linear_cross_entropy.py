@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch
@@ -33,8 +34,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE_TOKENS = 1024
 _TILE_LOGITS = 1 << 19
 
-# Up to this many logits the torch backend keeps exp(z - m) for the backward pass (4 MB) instead of
-# making every tile again: they are still in a cache, and a pass over few words is mostly overhead.
+# By the number of logits, positions x words, the torch backend
+# * up to the first number computes the plain formula: its few calls are all that takes time,
+# * up to the second keeps exp(z - m) for the backward pass (4 MB), which a cache still holds,
+# * beyond makes every tile again.
+_PLAIN_LOGITS = 1 << 18
 _KEPT_LOGITS = 1 << 20
 
 # Finite, so that a tile of words that are all ruled out (bias -inf) adds 0 and not NaN.
@@ -80,11 +84,36 @@ def linear_cross_entropy(
     operands = (h.reshape(-1, h.shape[-1]).to(dtype), embedding.to(dtype), bias)
     selected = None if mask is None else (mask != 0).reshape(-1)
     where = (targets.reshape(-1), selected, wanted)
+    if _is_small(operands[0], embedding, wanted):
+        return _plain(*operands, *where[:2]).view(targets.shape)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         losses: Tensor = _LinearCrossEntropy.apply(*operands, *where)
     else:
         losses = _op(_forward, _run_forward)(*operands, *where, False)[0]
     return losses.view(targets.shape)
+
+
+def _is_small(h: Tensor, embedding: Tensor, wanted: str) -> bool:
+    # A compiler could not follow the choice of rows; autograd's backward pass follows autocast.
+    if h.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    torch_runs = wanted in (dispatch.AUTO, "torch")
+    return torch_runs and len(h) * len(embedding) <= _PLAIN_LOGITS
+
+
+def _plain(
+    h: Tensor, embedding: Tensor, bias: Tensor | None, targets: Tensor, selected: Tensor | None
+) -> Tensor:
+    rows = _rows(selected)
+    x, y = _take(h, rows).float(), _take(targets, rows)
+    _check_targets(y, len(embedding))
+    z = F.linear(x, embedding.float(), None if bias is None else bias.float())
+    losses = F.cross_entropy(z, y, reduction="none")
+    if rows is None:
+        return losses
+    return losses.new_zeros(len(h)).index_copy(0, rows, losses)
 
 
 def _op(custom: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +139,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted: str,
     ) -> Tensor:
         run = _op(_forward, _run_forward)
-        losses, statistics, kept = run(h, embedding, bias, targets, selected, wanted, True)
+        # How many numbers to keep depends on the mask, which a compiler does not know.
+        keep = not torch.compiler.is_compiling()
+        losses, statistics, kept = run(h, embedding, bias, targets, selected, wanted, keep)
         ctx.save_for_backward(h, embedding, bias, targets, selected, statistics, kept)
         ctx.wanted = wanted
         return losses
@@ -152,8 +183,7 @@ def _(h, embedding, bias, targets, selected, wanted, keep):  # type: ignore[no-u
     statistics = h.new_empty(2, len(h), dtype=torch.float32)
     if backend.name == "triton":
         return losses, statistics, h.new_empty(len(h) + 1, dtype=torch.int32)
-    kept = _kept_shape(h, embedding, keep)
-    return losses, statistics, h.new_empty(kept, dtype=torch.float32)
+    return losses, statistics, h.new_empty(0, dtype=torch.float32)
 
 
 def _run_backward(
@@ -254,11 +284,6 @@ def _check_targets(selected_targets: Tensor, v: int) -> None:
         )
 
 
-def _kept_shape(h: Tensor, embedding: Tensor, keep: bool) -> tuple[int, ...]:
-    shape = (len(h), len(embedding))
-    return shape if keep and shape[0] * shape[1] <= _KEPT_LOGITS else (0,)
-
-
 def _torch(
     h: Tensor,
     embedding: Tensor,
@@ -270,9 +295,10 @@ def _torch(
     rows = _rows(selected)
     x, y = _take(h, rows).float(), _take(targets, rows)
     _check_targets(y, len(embedding))
-    kept = torch.empty(_kept_shape(h, embedding, keep), dtype=torch.float32, device=h.device)
-    if kept.numel():
-        m, s, target = _keeping(x, embedding.float(), bias, y, kept[: len(x)])
+    keep = keep and len(x) * len(embedding) <= _KEPT_LOGITS
+    kept = x.new_empty((len(x), len(embedding)) if keep else 0)
+    if keep:
+        m, s, target = _keeping(x, embedding.float(), bias, y, kept)
     else:
         m, s, target = _online(x, embedding, bias, y)
     # The difference first: logits may be much larger than the loss.
@@ -281,7 +307,7 @@ def _torch(
         return found, torch.stack((m, s)), kept
     losses = found.new_zeros(len(h)).index_copy_(0, rows, found)
     padding = (0, len(h) - len(x))
-    return losses, torch.nn.functional.pad(torch.stack((m, s)), padding), kept
+    return losses, F.pad(torch.stack((m, s)), padding), kept
 
 
 def _torch_backward(
@@ -304,10 +330,9 @@ def _torch_backward(
     weight = _take(gradient, rows) / s
     weighted = x * weight[:, None]
     if kept.numel():
-        z = kept[: len(x)]
-        dx = z @ embedding.float() if want_h else None
-        de = z.T @ weighted if want_embedding else None
-        db = z.T @ weight if want_bias else None
+        dx = kept @ embedding.float() if want_h else None
+        de = kept.T @ weighted if want_embedding else None
+        db = kept.T @ weight if want_bias else None
     else:
         dx = torch.zeros_like(x) if want_h else None
         de = torch.zeros_like(embedding, dtype=torch.float32) if want_embedding else None
