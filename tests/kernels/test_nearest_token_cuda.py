@@ -239,6 +239,18 @@ def test_lowest_id_wins_among_duplicate_rows(nearest: Nearest):
     assert margin.eq(0).all()
 
 
+@pytest.mark.parametrize("threads_reversed", [False, True])
+def test_lowest_id_wins_in_whatever_order_candidates_come(
+    emulation: Emulation, threads_reversed: bool
+):
+    # Equal rows side by side belong to different lanes, which list them in any order.
+    e = random(12, 19).repeat_interleave(8, 0).bfloat16()
+    ids, _ = emulation(e[::8], e, threads_reversed=threads_reversed)
+    assert emulation.unclear == 12
+    assert emulation.measured_in_full == 0
+    assert ids.tolist() == list(range(0, 96, 8))
+
+
 def test_more_equal_rows_than_the_list_of_candidates_holds(nearest: Nearest):
     e = random(1, 33).expand(150, 33).contiguous()
     x = random(9, 33, seed=1)
