@@ -125,10 +125,11 @@ struct TwoLowest {
 // Bound on |score - exact score| for every row of the table; infinite beyond fp32's range.
 //
 // Tensor cores accumulate with "at least single precision", order and rounding unspecified (PTX
-// ISA, mma): 2^-22 per addition instead of fp32's 2^-24 leaves room for truncated sums. Operands
-// and products below the normal numbers may count as zero, which adds at most 2^-125 times the
-// other factor, or 2^-125 itself; half norms may have lost as much, and with it a tiny norm. The
-// answer is that of fp64 distances: where their own rounding makes ties, all of them count.
+// ISA, mma): 2^-22 per addition instead of fp32's 2^-24 leaves room for truncated sums. Products
+// below the normal numbers may count as zero, and half norms may have lost as much: `lost`. The
+// answer is that of fp64 distances, so where their own rounding makes ties, all of them count: the
+// last term. With `lost` it also covers an operand below the normal numbers that counts as zero:
+// 2^-49 x^2 + lost >= 2^-86 sqrt(d) x, far above the 2^-126 sqrt(d) x that this can change.
 __device__ inline double score_error(double x_norm, double largest_half_norm, int d,
                                      double operand_roundoff) {
   const double half = 1.01 * largest_half_norm;
@@ -138,7 +139,7 @@ __device__ inline double score_error(double x_norm, double largest_half_norm, in
   const double relative = 1.01 * (d + 20) * 0x1p-22 + 2.1 * operand_roundoff;
   if (!(size < 1e37)) return kInfinity64;
   const double distance = (x_norm + e_norm) * (x_norm + e_norm);
-  return relative * size + lost * (1.0 + x_norm + e_norm) + 0x1p-49 * distance;
+  return relative * size + lost + 0x1p-49 * distance;
 }
 
 __device__ inline Seen merge_splits(const Decide& job, int64_t token, int lane, float& largest) {
