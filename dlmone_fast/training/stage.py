@@ -241,7 +241,8 @@ class Stage:
                 x0: Tensor = self.generator(x, self.schedule.network_time(t))
                 return x0
 
-        shape, device = given.embeddings.shape[1:], self.workspace.device
+        length, width = given.embeddings.shape[1:]
+        device = self.workspace.device
         return generate_embeddings(
             predict,
             self.schedule,
@@ -249,7 +250,7 @@ class Stage:
             1,
             given.embeddings,
             given.mask,
-            lambda _: normal(self.seed, stream, given.slots, step, *shape, device=device),
+            lambda _: normal(self.seed, stream, given.slots, step, length, width, device),
             self.shared.scale_latent,
         )
 
