@@ -94,6 +94,10 @@ def test_only_the_gradients_that_are_wanted(backend: str, device: torch.device) 
         run(parts.x.detach(), parts.teacher.detach(), parts.score), parts.score, ones
     )
     assert torch.equal(score, every[2])
+    kl, _ = distillation_loss(
+        parts.x.detach(), *parts[1:], mask, form="kl", weight_floor=FLOOR, kernel_backend=backend
+    )
+    assert not kl.requires_grad
     with torch.no_grad():
         silent = run(*parts)
     assert not silent.requires_grad
