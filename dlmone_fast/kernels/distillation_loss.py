@@ -93,7 +93,9 @@ def distillation_loss(
             x, x0_teacher, x0_score, mask, constants, count, early, wanted
         )
         return result
-    loss, weight, *_ = _forward(x, x0_teacher, x0_score, mask, *constants, 0, wanted)
+    # The kl form has no gradient to the predictions, whatever they ask for.
+    with torch.no_grad():
+        loss, weight, *_ = _forward(x, x0_teacher, x0_score, mask, *constants, 0, wanted)
     return loss, weight
 
 
