@@ -142,6 +142,10 @@ def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -
     if not any(isinstance(column, Tensor) for column in columns):
         return torch.tensor([columns], dtype=torch.int64, device=device)
     draws = torch.empty(rows, 4, dtype=torch.int64, device=device)
+    for name, column in (("sample", columns[2]), ("step", columns[3])):
+        if isinstance(column, Tensor) and column.dim() > 1:
+            shape = tuple(column.shape)
+            raise UsageError(f"{name} must be one number or 1-D, got shape {shape}")
     for place, column in enumerate(columns):
         draws[:, place] = column
     return draws
