@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -498,6 +500,24 @@ def arguments() -> dict:
 def test_a_launch_that_fails_is_named():
     with pytest.raises(RuntimeError, match=r"nearest_token: .*: cudaError"):
         native.module().cuda_nearest_token(**arguments())
+
+
+@with_cuda_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would run it")
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_run_hands_over_arguments_that_the_native_side_accepts(
+    monkeypatch: pytest.MonkeyPatch, with_margin: bool
+):
+    # Without a device the launch fails, but only after every argument was checked.
+    properties = SimpleNamespace(multi_processor_count=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(RuntimeError, match=r"nearest_token: .*: cudaError"):
+        cuda.search(random(3, 20, 2)[..., 0], random(7, 20).half(), with_margin)
+    ids, margin = cuda.search(random(0, 20), random(7, 20), with_margin)
+    assert ids.shape == (0,)
+    assert (margin is not None) == with_margin
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -14,6 +14,7 @@ namespace emulation {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
+constexpr int kGuardBytes = 4096;  // behind a block's shared memory, to notice writes beyond it
 
 struct Copy {
   unsigned char* to;
@@ -140,12 +141,13 @@ void launch(int blocks, int threads, int shared_bytes, const Mode& mode, void (*
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < unsigned(blocks); ++blockIdx.x) {
     // Not a number in every type: what is read before it is written shows.
-    block.memory.assign(shared_bytes + 128, 0xff);
+    block.memory.assign(128 + shared_bytes + kGuardBytes, 0xff);
     const auto address = reinterpret_cast<uintptr_t>(block.memory.data());
     block.aligned = block.memory.data() + (128 - address % 128) % 128;
     run_block(threads);
-    for (int i = shared_bytes; block.aligned + i < block.memory.data() + shared_bytes + 128; ++i) {
-      if (block.aligned[i] != 0xff) throw std::runtime_error("a write beyond shared memory");
+    const unsigned char* end = block.aligned + shared_bytes;
+    if (!std::all_of(end, end + kGuardBytes, [](unsigned char byte) { return byte == 0xff; })) {
+      throw std::runtime_error("a write beyond shared memory");
     }
   }
 }
