@@ -144,9 +144,7 @@ def _cpp(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> Tensor:
     return ids
 
 
-def _cpp_with_margin(
-    rows: Tensor, vocabulary: Vocabulary, path: str = ""
-) -> tuple[Tensor, Tensor]:
+def _cpp_with_margin(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> tuple[Tensor, Tensor]:
     ids = torch.empty(len(rows), dtype=torch.int64)
     margin = torch.empty(len(rows), dtype=torch.float32)
     _call_native(rows, vocabulary, path, ids, margin.data_ptr())
