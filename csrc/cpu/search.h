@@ -36,6 +36,12 @@ inline double norm(const float* x, int64_t d) {
   return std::sqrt(sum);
 }
 
+// What rounding adds to half a distance in fp64: where a token is so much larger than the rows that
+// fp64 finds them equally far, the lowest id wins, and no score may say otherwise.
+inline double fp64_rounding(double x_norm, double largest_half_norm) {
+  return std::ldexp(x_norm * x_norm + 2.0 * largest_half_norm, -48);
+}
+
 struct Scored {
   int64_t id;
   float score;

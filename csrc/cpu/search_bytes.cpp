@@ -207,7 +207,8 @@ class BytesSearch final : public Search {
     const double loss = header_.largest_loss;
     const double size = x.kept * kept + header_.largest_half_norm;
     // Eight roundings of relative size 2^-24, and one percent more for the sums in here.
-    return 1.01 * (x.lost * kept + x.norm * loss + std::ldexp(size, -21)) + 1e-35;
+    return 1.01 * (x.lost * kept + x.norm * loss + std::ldexp(size, -21)) + 1e-35 +
+           fp64_rounding(x.norm, header_.largest_half_norm);
   }
 
   void search_panel(int64_t panel, int64_t first_tile, int64_t last_tile,

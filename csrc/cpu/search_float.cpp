@@ -49,10 +49,12 @@ class FloatSearch final : public Search {
   double error(int64_t token) const override {
     // The half norms are rounded themselves; one percent more covers that and the sums here.
     const double half = 1.01 * largest_half_norm_;
-    const double size = norm(x_row(token), job_.d) * std::sqrt(2.0 * half) + half;
+    const double x_norm = norm(x_row(token), job_.d);
+    const double size = x_norm * std::sqrt(2.0 * half) + half;
     if (!(size < 1e37)) return std::numeric_limits<double>::infinity();
     const double roundings = std::ldexp(static_cast<double>(job_.d + 4), -24);
-    return 1.01 * roundings / (1.0 - roundings) * size + std::ldexp(job_.d + 4.0, -125);
+    return 1.01 * roundings / (1.0 - roundings) * size + std::ldexp(job_.d + 4.0, -125) +
+           fp64_rounding(x_norm, half);
   }
 
   void collect(int64_t token, int64_t panel, double limit,

@@ -116,14 +116,18 @@ def _score_error(x: Tensor, half_norms: Tensor) -> Tensor:
 
     (d + 4) roundings of relative size 2^-24, in any order, of terms whose sizes add up to at
     most |x| |e| + |e|^2 / 2, and the rounding of the operands themselves under TF32 or bf16.
-    Underflow adds less than the smallest normal number for every term.
+    Underflow adds less than the smallest normal number for every term. The last part is what
+    rounding adds to half a distance in fp64: where that makes rows equally far, the lowest id
+    wins, and no score may say otherwise.
     """
     d = x.shape[1]
     half = 1.01 * half_norms.max().double()
-    size = x.double().norm(dim=1) * (2 * half).sqrt() + half
+    norm = x.double().norm(dim=1)
+    size = norm * (2 * half).sqrt() + half
     relative = 1.01 * (d + 4) * 2.0**-24 / (1 - (d + 4) * 2.0**-24)
     relative += 2.1 * _operand_roundoff(x.device)
-    error = (relative * size + (d + 4) * 2.0**-125).float() * (1 + 2.0**-22)
+    error = relative * size + (d + 4) * 2.0**-125 + 2.0**-48 * (norm.square() + 2 * half)
+    error = error.float() * (1 + 2.0**-22)
     return torch.where(size < 1e37, error, torch.inf)
 
 

@@ -159,6 +159,12 @@ def test_extreme_magnitudes(nearest, magnitude: float):
     assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
 
 
+def test_lowest_id_wins_where_fp64_sees_no_difference(nearest):
+    x, e = random(12, 10), random(200, 10, seed=1)
+    for scale in (1e7, 1e9, 1e11, 1e16):
+        assert torch.equal(nearest(scale * x, e), reference.nearest_token(scale * x, e))
+
+
 def test_non_finite_values_never_win(nearest):
     e = random(100, 6)
     x = random(8, 6, seed=1)

@@ -115,6 +115,11 @@ def test_extreme_magnitudes(magnitude: float, device: torch.device):
     assert torch.equal(ids_of(x, e, device), reference.nearest_token(x, e))
 
 
+def test_lowest_id_wins_where_fp64_sees_no_difference(device: torch.device):
+    x, e = random(2, 10) * torch.tensor([[1e9], [1e13]]), random(200, 10, seed=1)
+    assert torch.equal(ids_of(x, e, device), reference.nearest_token(x, e))
+
+
 def test_fp16_rows_near_its_largest_number(device: torch.device):
     e = (6e4 * random(200, 6).sign() * (1 - 0.5 * random(200, 6, seed=1).abs().clamp(max=1))).half()
     x = (e[:3].float() * 0.99).half()
