@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import UsageError
-from dlmone_fast.kernels import dispatch, native, nearest_token_torch
+from dlmone_fast.kernels import cuda_nearest_token, dispatch, native, nearest_token_torch
 from dlmone_fast.kernels.triton import support
 from dlmone_fast.kernels.vocabulary import Vocabulary, check_dtype, check_table, find
 
@@ -38,7 +38,7 @@ def nearest_token(
         x: [..., d] in fp32, fp16 or bf16, any strides.
         embedding: E [V, d] in fp32, fp16 or bf16, any strides, on the device of x; or a
             `Vocabulary` of it, which prepares the table once instead of at every call.
-        kernel_backend: "triton", "cpp", "torch", "auto"; default as `dispatch` says.
+        kernel_backend: "cuda", "triton", "cpp", "torch", "auto"; default as `dispatch` says.
 
     Returns:
         int64 [...]: the ids by fp64 distance, the lowest id among equals. A distance that is
@@ -130,6 +130,30 @@ def _(rows: Tensor, table: Tensor, handle: int, wanted: str) -> tuple[Tensor, Te
     return rows.new_empty(rows.shape[0], dtype=torch.int64), rows.new_empty(
         rows.shape[0], dtype=torch.float32
     )
+
+
+def _cuda(rows: Tensor, vocabulary: Vocabulary) -> Tensor:
+    return _on_tensor_cores(rows, vocabulary, with_margin=False)[0]
+
+
+def _cuda_with_margin(rows: Tensor, vocabulary: Vocabulary) -> Any:
+    return _on_tensor_cores(rows, vocabulary, with_margin=True)
+
+
+def _on_tensor_cores(
+    rows: Tensor, vocabulary: Vocabulary, with_margin: bool
+) -> tuple[Tensor, Tensor | None]:
+    kernels = cuda_nearest_token
+    dtype, roundoff = kernels.search_format(rows.dtype, vocabulary.table.dtype)
+    table = vocabulary.prepared(("cuda", dtype), lambda t: kernels.search_copy(t, dtype))
+    half_norms = vocabulary.prepared("cuda half norms", kernels.half_norms)
+    searched = kernels.search_copy(rows, dtype)
+    return kernels.run(rows, vocabulary.table, searched, table, half_norms, roundoff, with_margin)
+
+
+def _cuda_proven() -> bool:
+    # The kernels ran in an emulation only: until they ran on a GPU, they run when named.
+    return False
 
 
 def _cpp_usable(rows: Tensor, table: Tensor) -> str | None:
@@ -224,12 +248,14 @@ def _triton_with_margin(rows: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, T
 
 dispatch.register(
     _IDS,
+    dispatch.Backend("cuda", cuda_nearest_token.usable, _cuda, _cuda_proven),
     dispatch.Backend("triton", support.usable, _triton, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp),
     dispatch.Backend("torch", lambda *tensors: None, _torch),
 )
 dispatch.register(
     _MARGIN,
+    dispatch.Backend("cuda", cuda_nearest_token.usable, _cuda_with_margin, _cuda_proven),
     dispatch.Backend("triton", support.usable, _triton_with_margin, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp_with_margin),
     dispatch.Backend("torch", lambda *tensors: None, _torch_with_margin),

@@ -273,7 +273,7 @@ def _triton_words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
     return noise.words(draws, stream, first, count)
 
 
-def _cpp_usable(draws: Tensor) -> str | None:
+def _cpp_usable(draws: Tensor, *others: Tensor) -> str | None:
     if draws.device.type != "cpu":
         return f"it runs on CPU tensors, not on {draws.device.type}"
     return native.why_missing()
@@ -405,11 +405,11 @@ dispatch.register(
     "noise",
     dispatch.Backend("triton", support.usable, _triton, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp),
-    dispatch.Backend("torch", lambda draws: None, philox.normals),
+    dispatch.Backend("torch", lambda *tensors: None, philox.normals),
 )
 dispatch.register(
     "noise_bits",
     dispatch.Backend("triton", support.usable, _triton_words, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp_words),
-    dispatch.Backend("torch", lambda draws: None, philox.words),
+    dispatch.Backend("torch", lambda *tensors: None, philox.words),
 )

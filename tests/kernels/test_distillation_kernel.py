@@ -137,9 +137,7 @@ def test_the_reference_has_the_gradient_of_its_formula(form: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mu", [0.5, 1.0, 1.2])
-def test_agrees_with_the_official_form(
-    backend: str, mu: float, device: torch.device
-) -> None:
+def test_agrees_with_the_official_form(backend: str, mu: float, device: torch.device) -> None:
     shape = (3, 20, 24)
     parts = inputs(shape, device)
     mask = (torch.arange(20, device=device) >= 8).long().expand(3, 20)
