@@ -11,6 +11,7 @@
 namespace dlmone {
 
 void bind_nearest_token(pybind11::module_& m);
+void bind_noise(pybind11::module_& m);
 #ifdef DLMONE_WITH_CUDA
 void bind_cuda(pybind11::module_& m);
 #endif

@@ -21,11 +21,15 @@ Box and Muller (1958), with u and v in fp32::
 and the same from (r2, r3) for channels 2 and 3. Here the functions of u and v are evaluated in
 fp64 and rounded once: vectorised fp32 routines differ in the last bit between the body and
 the tail of a loop, which would make a row's noise depend on its place in the batch.
+
+The words are the same on every backend. The normals of the cpp backend (fp64, polynomials of its
+own) differ from torch's in the last bit of less than one value in 10^5, and at exact quarter turns
+it gives 0 where torch gives the rounding of pi; the Triton kernel evaluates in fp32, within 1e-6
+of both. Each backend gives a row the same bits in any batch.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from enum import IntEnum
@@ -35,17 +39,11 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import UsageError
+from dlmone_fast.kernels import dispatch, native, philox
+from dlmone_fast.kernels.triton import support
 
 _MASK = 0xFFFFFFFF
 _LIMIT = 1 << 32
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-
-# Counters a pass of the generator: bounds the memory of its int64 temporaries (0.5 MB each).
-# 2^16 measured fastest on a CPU: smaller passes pay the call overhead, larger ones the cache.
-_COUNTERS_PER_PASS = 1 << 16
-
 PerRow: TypeAlias = int | Sequence[int] | Tensor
 
 
@@ -83,7 +81,7 @@ def philox_4x32(key: tuple[Tensor | int, Tensor | int], counter: Tensor) -> Tens
     Returns:
         int64 [..., 4], values in [0, 2^32).
     """
-    return torch.stack(_rounds(key, counter.unbind(-1)), dim=-1)
+    return torch.stack(philox.rounds(key, counter.unbind(-1)), dim=-1)
 
 
 def random_bits(
@@ -108,6 +106,7 @@ def normal(
     positions: int,
     channels: int,
     device: torch.device | str | None = None,
+    kernel_backend: str | None = None,
 ) -> Tensor:
     """Standard normal noise, fp32 [B, positions, channels].
 
@@ -119,31 +118,70 @@ def normal(
         positions: sequence length L >= 0.
         channels: embedding dimension d >= 1.
         device: where to compute; default: the device of `sample`, else the CPU.
+        kernel_backend: "triton", "cpp", "torch", "auto"; default as `dispatch` says.
 
     B is the common length of the per-row arguments, 1 if all are ints. Row i is the same
     whatever the other rows are, bit for bit.
 
     Raises:
         UsageError: an argument out of range, or per-row lengths that differ.
+        BackendUnavailableError: the backend asked for cannot run here.
     """
     target = torch.device(device) if device is not None else _device_of(sample, step, seed)
+    draws = draws_of(seed, sample, step, target)
+    return normal_of_draws(draws, stream, positions, channels, kernel_backend=kernel_backend)
+
+
+def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:
+    """What a row's noise depends on besides stream and position: int64 [B, 4] on `device`.
+
+    The columns are k0, k1, sample, step, each in [0, 2^32). Arguments and errors as for `normal`.
+    """
     rows = _row_count(seed=seed, sample=sample, step=step)
-    blocks = _blocks_of(positions, channels)
-    key = _key(seed, target)
-    samples = _word("sample", sample, target)
-    steps = _word("step", step, target)
-    out = torch.empty(rows, positions, blocks * 4, dtype=torch.float32, device=target)
-    flat = out.view(rows, positions * blocks, 4)
-    rows_per_pass = max(1, _COUNTERS_PER_PASS // max(1, positions * blocks))
-    index = torch.arange(positions * blocks, dtype=torch.int64, device=target)
-    for first in range(0, rows, rows_per_pass):
-        part = slice(first, first + rows_per_pass)
-        words = _rounds(
-            (_rows_of(key[0], part), _rows_of(key[1], part)),
-            (int(stream), _rows_of(samples, part), _rows_of(steps, part), index),
+    columns = [*_key(seed, device), _word("sample", sample, None), _word("step", step, None)]
+    if not any(isinstance(column, Tensor) for column in columns):
+        return torch.tensor([columns], dtype=torch.int64, device=device)
+    draws = torch.empty(rows, 4, dtype=torch.int64, device=device)
+    for place, column in enumerate(columns):
+        draws[:, place] = column
+    return draws
+
+
+def normal_of_draws(
+    draws: Tensor, stream: int, positions: int, channels: int, *, kernel_backend: str | None = None
+) -> Tensor:
+    """`normal` for rows given as `draws_of` gives them, on the device of `draws`.
+
+    The contents of `draws` are not read back: they may sit in memory that a CUDA graph rewrites.
+    """
+    _check_draws("normal", draws, stream)
+    _blocks_of(positions, channels)
+    wanted = dispatch.requested("noise", kernel_backend)
+    if torch.compiler.is_compiling():
+        return _normal(draws, int(stream), positions, channels, wanted)
+    return _run_normal(draws, int(stream), positions, channels, wanted)
+
+
+def words_of_draws(
+    draws: Tensor, stream: int, count: int, first: int = 0, *, kernel_backend: str | None = None
+) -> Tensor:
+    """The words r0..r3 of counters c3 = first, first + 1, ...: int64 [B, count, 4].
+
+    Args:
+        draws: int64 [B, 4] as `draws_of` gives them.
+        stream: the purpose, a `Stream`.
+        count: how many counters, >= 0.
+        first: the first of them; first + count <= 2^32.
+        kernel_backend: "triton", "cpp", "torch", "auto"; default as `dispatch` says.
+    """
+    _check_draws("words_of_draws", draws, stream)
+    if first < 0 or count < 0 or first + count > _LIMIT:
+        raise UsageError(
+            f"words_of_draws: counters must lie in [0, 2^32), got first={first} and count={count}"
         )
-        _box_muller(words, flat[part])
-    return out[..., :channels]
+    return _words(
+        draws, int(stream), first, count, dispatch.requested("noise_bits", kernel_backend)
+    )
 
 
 def uniform_integers(
@@ -170,7 +208,9 @@ def permutation(seed: int, stream: int, epoch: int, n: int) -> Tensor:
     if not 0 <= n <= _LIMIT:
         raise UsageError(f"permutation: n must lie in [0, 2^32], got {n}")
     items = torch.arange(n, dtype=torch.int64)
-    words = _rounds(_key(seed, items.device), (int(stream), items, _word("step", epoch, None), 0))
+    words = philox.rounds(
+        _key(seed, items.device), (int(stream), items, _word("step", epoch, None), 0)
+    )
     # Subtracting 2^31 keeps the unsigned order in the signed 64-bit keys.
     keys = torch.as_tensor(words[0]) - (1 << 31) << 32 | torch.as_tensor(words[1])
     return torch.argsort(keys, stable=True)
@@ -186,45 +226,95 @@ def _block(
 ) -> tuple[Tensor, ...]:
     """The four words of one counter block each, broadcast to the arguments' common shape."""
     samples, steps = _word("sample", sample, device), _word("step", step, device)
-    words = _rounds(_key(seed, device), (int(stream), samples, steps, position))
+    words = philox.rounds(_key(seed, device), (int(stream), samples, steps, position))
     return torch.broadcast_tensors(*words)
 
 
-def _rounds(
-    key: tuple[Tensor | int, Tensor | int], counter: Sequence[Tensor | int]
-) -> list[Tensor]:
-    # int64 products wrap, but keep the 64 bits of the unsigned product: the arithmetic shift
-    # and the mask then give its exact high word. Words 1 and 3 are masked only by the next
-    # round's mask, which saves two passes a round.
-    k0, k1 = key
-    c0, c1, c2, c3 = counter
-    for _ in range(_ROUNDS):
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
-        c0 = ((product1 >> 32) ^ c1 ^ k0) & _MASK
-        c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
-        c1, c3 = _wrap(product1), _wrap(product0)
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [torch.as_tensor(word) for word in (c0, c1 & _MASK, c2, c3 & _MASK)]
+def _run_normal(draws: Tensor, stream: int, positions: int, channels: int, wanted: str) -> Tensor:
+    # Called directly outside of torch.compile: the dispatcher costs a draw a tenth of its time.
+    backend = dispatch.select("noise", draws, kernel_backend=wanted)
+    noise: Tensor = backend.run(draws, stream, positions, channels)
+    return noise
 
 
-def _wrap(product: Tensor | int) -> Tensor | int:
-    # A counter word given as a Python int does not wrap at 64 bits by itself.
-    return product & _MASK if isinstance(product, int) else product
+_normal = torch.library.custom_op("dlmone_fast::normal", _run_normal, mutates_args=())
 
 
-def _box_muller(words: Sequence[Tensor], out: Tensor) -> None:
-    for first, (radius_word, angle_word) in enumerate((words[:2], words[2:])):
-        radius = _unit_interval(radius_word).log_().mul_(-2.0).sqrt_()
-        angle = _unit_interval(angle_word).mul_(2.0 * math.pi)
-        out[..., 2 * first] = angle.cos().mul_(radius)
-        out[..., 2 * first + 1] = angle.sin_().mul_(radius)
+@_normal.register_fake
+def _(draws: Tensor, stream: int, positions: int, channels: int, wanted: str) -> Tensor:
+    return draws.new_empty(len(draws), positions, channels, dtype=torch.float32)
 
 
-def _unit_interval(word: Tensor) -> Tensor:
-    # 2^-32 scales exactly, so the two fp32 roundings are the conversion and the sum. The sum
-    # reaches 1.0 but never 0.0: the logarithm is finite and not positive.
-    return word.float().mul_(2.0**-32).add_(2.0**-33).double()
+@torch.library.custom_op("dlmone_fast::philox_words", mutates_args=())
+def _words(draws: Tensor, stream: int, first: int, count: int, wanted: str) -> Tensor:
+    backend = dispatch.select("noise_bits", draws, kernel_backend=wanted)
+    words: Tensor = backend.run(draws, stream, first, count)
+    return words
+
+
+@_words.register_fake
+def _(draws: Tensor, stream: int, first: int, count: int, wanted: str) -> Tensor:
+    return draws.new_empty(len(draws), count, 4)
+
+
+def _triton(draws: Tensor, stream: int, positions: int, channels: int) -> Tensor:
+    from dlmone_fast.kernels.triton import noise
+
+    return noise.normal(draws, stream, positions, channels)
+
+
+def _triton_words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
+    from dlmone_fast.kernels.triton import noise
+
+    return noise.words(draws, stream, first, count)
+
+
+def _cpp_usable(draws: Tensor) -> str | None:
+    if draws.device.type != "cpu":
+        return f"it runs on CPU tensors, not on {draws.device.type}"
+    return native.why_missing()
+
+
+def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:
+    draws = draws.contiguous()
+    out = torch.empty(len(draws), positions, channels, dtype=torch.float32)
+    native.module().normal(
+        draws.data_ptr(),
+        len(draws),
+        stream,
+        positions,
+        channels,
+        out.data_ptr(),
+        torch.get_num_threads(),
+        path,
+    )
+    return out
+
+
+def _cpp_words(draws: Tensor, stream: int, first: int, count: int, path: str = "") -> Tensor:
+    draws = draws.contiguous()
+    out = torch.empty(len(draws), count, 4, dtype=torch.int64)
+    native.module().philox_words(
+        draws.data_ptr(),
+        len(draws),
+        stream,
+        first,
+        count,
+        out.data_ptr(),
+        torch.get_num_threads(),
+        path,
+    )
+    return out
+
+
+def _check_draws(op: str, draws: Tensor, stream: int) -> None:
+    if draws.dtype != torch.int64 or draws.dim() != 2 or draws.shape[1] != 4:
+        raise UsageError(
+            f"{op}: draws must be int64 [B, 4] (k0, k1, sample, step), "
+            f"got {draws.dtype} {tuple(draws.shape)}; make them with draws_of"
+        )
+    if not 0 <= stream < _LIMIT:
+        raise UsageError(f"{op}: stream must lie in [0, 2^32), got {stream}; see noise.Stream")
 
 
 def _blocks_of(positions: int, channels: int) -> int:
@@ -294,8 +384,10 @@ def _word(
         if not 0 <= value < limit:
             raise UsageError(f"{name} must lie in [0, {limit}), got {value}")
         return value
-    # A device tensor is not read back: that would stall the stream at every draw.
-    if tensor.device.type == "cpu" and tensor.numel() and not _within(tensor, limit):
+    # A device tensor is not read back: that would stall the stream at every draw. While a graph
+    # is traced there is nothing to read.
+    readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and tensor.numel() and not _within(tensor, limit):
         raise UsageError(f"{name} must lie in [0, {limit}), got {tensor.tolist()}")
     return tensor
 
@@ -305,6 +397,15 @@ def _within(tensor: Tensor, limit: int) -> bool:
     return bool(low >= 0) and bool(high < limit)
 
 
-def _rows_of(value: Tensor | int, part: slice) -> Tensor | int:
-    """A per-row word ready to broadcast with a row of counters: [rows, 1]."""
-    return value[part, None] if isinstance(value, Tensor) and value.dim() == 1 else value
+dispatch.register(
+    "noise",
+    dispatch.Backend("triton", support.usable, _triton, support.automatic),
+    dispatch.Backend("cpp", _cpp_usable, _cpp),
+    dispatch.Backend("torch", lambda draws: None, philox.normals),
+)
+dispatch.register(
+    "noise_bits",
+    dispatch.Backend("triton", support.usable, _triton_words, support.automatic),
+    dispatch.Backend("cpp", _cpp_usable, _cpp_words),
+    dispatch.Backend("torch", lambda draws: None, philox.words),
+)

@@ -9,13 +9,13 @@ from torch import Tensor
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels.noise import (
     Stream,
-    _box_muller,
     normal,
     permutation,
     philox_4x32,
     random_bits,
     uniform_integers,
 )
+from dlmone_fast.kernels.philox import box_muller
 
 # Known answers published with Random123 (Salmon et al., SC 2011), philox4x32-10:
 # counter, key, result.
@@ -102,7 +102,7 @@ def test_the_ends_of_the_word_range_give_finite_normals():
     # Word 0 gives the largest radius, sqrt(66 ln 2); word 2^32 - 1 rounds to u = 1 and gives 0.
     words = torch.tensor([[0, 2**32 - 1], [0, 0], [2**32 - 1, 0], [0, 0]]).unbind(0)
     out = torch.empty(2, 4)
-    _box_muller(words, out)
+    box_muller(words, out)
     largest = math.sqrt(66 * math.log(2))
     assert out[0].tolist() == pytest.approx([largest, 0, 0, 0], abs=1e-6)
     assert out[1].tolist() == pytest.approx([0, 0, largest, 0], abs=1e-6)

@@ -1,0 +1,165 @@
+"""x_t = alpha x_0 + sigma noise on a GPU, one read and one write: the noise is made on the way."""
+
+# Triton gives kernels no types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dlmone_fast.kernels.triton import support
+from dlmone_fast.kernels.triton.noise import (
+    NARROW,
+    NUM_WARPS,
+    WIDE,
+    Tiling,
+    signed,
+    tile_normals,
+    tile_of_program,
+    tile_place,
+    tiling,
+)
+from dlmone_fast.kernels.triton.support import Build
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _forward_diffusion_kernel(
+    x0_ptr, ids_ptr, alpha_ptr, sigma_ptr, mask_ptr, draws_ptr, out_ptr,
+    stream, length, channels, vocabulary, position_tiles, channel_tiles,
+    GATHER: tl.constexpr, MASKED: tl.constexpr, POSITIONS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    row, positions, blocks = tile_of_program(position_tiles, channel_tiles, POSITIONS, BLOCKS)
+    offsets, channel, exists = tile_place(
+        row, positions, blocks, length, channels, POSITIONS, BLOCKS
+    )
+    inside = positions < length
+    if GATHER:
+        ids = tl.load(ids_ptr + row * length + positions, mask=inside, other=0).to(tl.int64)
+        known = (ids >= 0) & (ids < vocabulary)
+        places = ids[:, None] * channels + channel[None, :]
+        x0 = tl.load(x0_ptr + places, mask=exists & known[:, None], other=0.0).to(tl.float32)
+        # Nobody checked the ids on the host: one outside of the table must not pass unseen.
+        x0 = tl.where(known[:, None], x0, float("nan"))
+    else:
+        x0 = tl.load(x0_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    noise = tile_normals(draws_ptr, row, stream, positions, blocks, channels, POSITIONS, BLOCKS)
+    x_t = tl.load(alpha_ptr + row) * x0 + tl.load(sigma_ptr + row) * noise
+    if MASKED:
+        target = tl.load(mask_ptr + row * length + positions, mask=inside, other=0) != 0
+        x_t = tl.where(target[:, None], x_t, x0)
+    tl.store(out_ptr + offsets, x_t.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _scale_targets_kernel(
+    x_ptr, alpha_ptr, mask_ptr, out_ptr, length, channels, position_tiles, channel_tiles,
+    MASKED: tl.constexpr, POSITIONS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    row, positions, blocks = tile_of_program(position_tiles, channel_tiles, POSITIONS, BLOCKS)
+    offsets, _, exists = tile_place(row, positions, blocks, length, channels, POSITIONS, BLOCKS)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    scaled = tl.load(alpha_ptr + row) * x
+    if MASKED:
+        inside = positions < length
+        target = tl.load(mask_ptr + row * length + positions, mask=inside, other=0) != 0
+        scaled = tl.where(target[:, None], scaled, x)
+    tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+def forward_diffusion(
+    source: Tensor,
+    ids: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    mask: Tensor | None,
+    draws: Tensor,
+    stream: int,
+) -> Tensor:
+    """x_t [B, L, d] from x_0 [B, L, d], or from a table [V, d] and int64 ids [B, L]."""
+    rows, length = source.shape[:2] if ids is None else ids.shape
+    channels = source.shape[-1]
+    out = torch.empty(rows, length, channels, dtype=source.dtype, device=source.device)
+    tiles = tiling(channels)
+    programs, position_tiles, channel_tiles = tiles.grid(rows, length, channels)
+    if programs:
+        with support.on_device(source):
+            _forward_diffusion_kernel[(programs,)](
+                source.contiguous(), draws if ids is None else ids.contiguous(),
+                alpha.contiguous(), sigma.contiguous(), _bytes(mask, draws), draws.contiguous(),
+                out, signed(stream), length, channels, len(source), position_tiles, channel_tiles,
+                GATHER=ids is not None, MASKED=mask is not None, **tiles.constants(),
+                num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return out
+
+
+def scale_targets(x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """alpha x where mask is True, x elsewhere: [B, L, d] in `dtype`."""
+    rows, length, channels = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    tiles = tiling(channels)
+    programs, position_tiles, channel_tiles = tiles.grid(rows, length, channels)
+    if programs:
+        with support.on_device(x):
+            _scale_targets_kernel[(programs,)](
+                x.contiguous(), alpha.contiguous(), _bytes(mask, alpha), out, length, channels,
+                position_tiles, channel_tiles, MASKED=mask is not None, **tiles.constants(),
+                num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return out
+
+
+def _bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
+    # A kernel that is not masked never reads its mask argument, but needs a pointer.
+    return unused.view(torch.uint8) if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def _forward_build(dtype: str, tiles: Tiling, gather: bool, masked: bool) -> Build:
+    signature = {
+        "x0_ptr": f"*{dtype}", "ids_ptr": "*i64", "alpha_ptr": "*fp32", "sigma_ptr": "*fp32",
+        "mask_ptr": "*u8", "draws_ptr": "*i64", "out_ptr": f"*{dtype}", "stream": "i32",
+        "length": "i32", "channels": "i32", "vocabulary": "i32", "position_tiles": "i32",
+        "channel_tiles": "i32",
+    }  # fmt: skip
+    return Build(
+        _forward_diffusion_kernel,
+        signature,
+        {"GATHER": gather, "MASKED": masked, **tiles.constants()},
+        num_warps=NUM_WARPS,
+        multiples_of_16=("length", "channels"),
+    )
+
+
+def _scale_build(dtype: str, out_dtype: str, tiles: Tiling, masked: bool) -> Build:
+    signature = {
+        "x_ptr": f"*{dtype}", "alpha_ptr": "*fp32", "mask_ptr": "*u8", "out_ptr": f"*{out_dtype}",
+        "length": "i32", "channels": "i32", "position_tiles": "i32", "channel_tiles": "i32",
+    }  # fmt: skip
+    return Build(
+        _scale_targets_kernel,
+        signature,
+        {"MASKED": masked, **tiles.constants()},
+        num_warps=NUM_WARPS,
+        multiples_of_16=("length", "channels"),
+    )
+
+
+_DTYPES = ("fp32", "fp16", "bf16")
+
+SHIPPED = tuple(
+    build
+    for tiles in (NARROW, WIDE)
+    for masked in (False, True)
+    for build in (
+        *(
+            _forward_build(dtype, tiles, gather, masked)
+            for dtype in _DTYPES
+            for gather in (False, True)
+        ),
+        *(_scale_build(dtype, dtype, tiles, masked) for dtype in _DTYPES),
+        *(_scale_build(dtype, "fp32", tiles, masked) for dtype in _DTYPES[1:]),
+    )
+)
