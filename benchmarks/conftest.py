@@ -41,7 +41,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("shapes")
     if marker is not None:
         shapes = marker.args[0][metafunc.config.stash[_DEVICE].type]
-        metafunc.parametrize("shape", shapes, ids=[str(s).replace(" ", "-") for s in shapes])
+        metafunc.parametrize("shape", shapes, ids=[_identifier(s) for s in shapes])
+
+
+def _identifier(shape: object) -> str:
+    return str(shape).replace(" ", "-").replace("×", "x")
 
 
 @pytest.fixture(scope="session")

@@ -70,14 +70,15 @@ def check(cache: Path, *arguments: str, path: Path | None = None) -> tuple[int, 
     paths = [str(Path(__file__).resolve().parents[2]), *([str(path)] if path else [])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, "-m", "dlmone_fast.kernels.triton.aot", "--json", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
 def test_shipped_kernels_compile_and_do_not_spill(tmp_path: Path):
-    code, usages, complaints = check(tmp_path, "--jobs", "2", "--arch", "80", "90")
+    # Code for fp16 differs from that for bf16 in its conversions alone; `make aot` compiles both.
+    code, usages, complaints = check(tmp_path, "--jobs", "2", "--without", "fp16")
     assert (code, complaints) == (0, "")
-    assert {usage["arch"] for usage in usages} in ({80, 90}, set())
+    assert {usage["arch"] for usage in usages} == {80, 90}
     assert all(0 < usage["registers"] <= 255 for usage in usages)
     # An SM of an A100 has 163 KiB for one block, of an H100 227 KiB.
     assert all(usage["shared"] <= (163 if usage["arch"] == 80 else 227) * 1024 for usage in usages)

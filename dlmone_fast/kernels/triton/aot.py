@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES),
                         help="compute capabilities without the dot (default: 80 90)")  # fmt: skip
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--without", nargs="+", default=[], metavar="TYPE",
+                        help="leave out configurations with pointers to these (fp16, ...)")  # fmt: skip
     parser.add_argument("--modules", nargs="+", default=[], metavar="NAME",
                         help="modules to check (default: those of this package)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
@@ -184,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, build in enumerate(shipped_builds(kernel_modules(names)))
         for arch in options.arch
         if options.kernel in build.kernel.__name__
+        and not {f"*{name}" for name in options.without} & set(build.signature.values())
     ]
     for usage in _compile_all(tasks, options.jobs):
         if isinstance(usage, str):
