@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test lint types imports check clean
+.PHONY: help setup demo demo-seeds test aot sanitize bench-kernels lint types imports check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 setup: $(READY)  ## make the environment and build the native extension
 
@@ -25,6 +25,15 @@ demo-seeds: $(READY)  ## the demo for the seeds 1, 2 and 3, held against what it
 
 test: $(READY)  ## run the tests
 	$(PY) -m pytest tests -q
+
+aot: $(READY)  ## compile every Triton kernel for A100 and H100, without a GPU
+	$(PY) -m dlmone_fast.kernels.triton.aot --jobs 2
+
+sanitize: $(READY)  ## run the native code's tests under AddressSanitizer and UBSan
+	.ci/sanitize $(PY)
+
+bench-kernels: $(READY)  ## time the kernels beside their peers, on a GPU if there is one
+	$(PY) -m pytest benchmarks --benchmark-only -k kernels --save-records
 
 lint: $(READY)  ## check style: ruff, clang-format
 	$(VENV)/bin/ruff check .

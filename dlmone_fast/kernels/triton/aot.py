@@ -3,14 +3,18 @@
     python -m dlmone_fast.kernels.triton.aot --arch 80 90
 
 Prints registers, spilled bytes and shared memory for each kernel and configuration; exits with 1
-if anything spills or does not compile. Runs in a process of its own, without TRITON_INTERPRET.
+if anything spills, does not compile, or is launched in no configuration that is listed. Runs in a
+process of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import inspect
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -18,8 +22,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dlmone_fast.kernels.triton.support import Build
@@ -42,14 +49,47 @@ class Usage:
     instructions: tuple[str, ...]
 
 
-def shipped_builds() -> Iterator[Build]:
-    """The `SHIPPED` configurations of every module in this package."""
+@cache
+def kernel_modules(names: tuple[str, ...] = ()) -> tuple[ModuleType, ...]:
+    """The modules of this package that hold kernels, or those with the given names."""
+    if names:
+        return tuple(importlib.import_module(name) for name in names)
     package = importlib.import_module(__package__ or "dlmone_fast.kernels.triton")
-    for info in pkgutil.iter_modules(package.__path__):
-        # This file runs as __main__ as well; importing it again would only warn.
-        if info.name != "aot":
-            module = importlib.import_module(f"{package.__name__}.{info.name}")
-            yield from getattr(module, "SHIPPED", ())
+    # This file runs as __main__ as well; importing it again would only warn.
+    found = [info.name for info in pkgutil.iter_modules(package.__path__) if info.name != "aot"]
+    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in found)
+
+
+def shipped_builds(modules: Sequence[ModuleType]) -> Iterator[Build]:
+    """The `SHIPPED` configurations of the modules."""
+    for module in modules:
+        yield from getattr(module, "SHIPPED", ())
+
+
+def unshipped_kernels(modules: Sequence[ModuleType]) -> list[str]:
+    """Kernels that the modules launch and `SHIPPED` leaves out: nothing would check them.
+
+    A kernel is a @triton.jit function named `..._kernel`, or one that its module launches as
+    `name[grid](...)`; the others are called by kernels.
+    """
+    shipped = {build.kernel.__name__ for build in shipped_builds(modules)}
+    launched = [
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name in _entry_points(module)
+        if name not in shipped
+    ]
+    return sorted(launched)
+
+
+def _entry_points(module: ModuleType) -> set[str]:
+    from triton.runtime import JITFunction
+
+    compiled = {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)]
+    grids = [call.func.value for call in calls if isinstance(call.func, ast.Subscript)]
+    launched = {grid.id for grid in grids if isinstance(grid, ast.Name)}
+    return {name for name in compiled if name in launched or name.endswith("_kernel")}
 
 
 def compile_build(build: Build, arch: int) -> Usage:
@@ -124,27 +164,63 @@ def _describe(build: Build) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile everything; 1 if something spilled or failed."""
+    """Compile everything; 1 if something spilled, failed or is not listed."""
     parser = argparse.ArgumentParser(prog="python -m dlmone_fast.kernels.triton.aot",
                                      description=(__doc__ or "").splitlines()[0])  # fmt: skip
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES),
                         help="compute capabilities without the dot (default: 80 90)")  # fmt: skip
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--without", nargs="+", default=[], metavar="TYPE",
+                        help="leave out configurations with pointers to these (fp16, ...)")  # fmt: skip
+    parser.add_argument("--modules", nargs="+", default=[], metavar="NAME",
+                        help="modules to check (default: those of this package)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    bad = 0
-    for build in shipped_builds():
-        if options.kernel not in build.kernel.__name__:
+    names = tuple(options.modules)
+    problems = [f"{name} is in no SHIPPED" for name in unshipped_kernels(kernel_modules(names))]
+    tasks = [
+        (names, number, arch)
+        for number, build in enumerate(shipped_builds(kernel_modules(names)))
+        for arch in options.arch
+        if options.kernel in build.kernel.__name__
+        and not {f"*{name}" for name in options.without} & set(build.signature.values())
+    ]
+    for usage in _compile_all(tasks, options.jobs):
+        if isinstance(usage, str):
+            problems.append(usage)
             continue
-        for arch in options.arch:
-            usage = compile_build(build, arch)
-            bad += bool(usage.spill_stores or usage.spill_loads)
-            print(json.dumps(asdict(usage)) if options.json else _line(usage), flush=True)
-    if bad:
-        print(f"{bad} configuration(s) spill registers", file=sys.stderr)
-    return 1 if bad else 0
+        if usage.spill_stores or usage.spill_loads:
+            problems.append(f"{usage.kernel} spills registers on sm_{usage.arch}")
+        print(json.dumps(asdict(usage)) if options.json else _line(usage), flush=True)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+_Task = tuple[tuple[str, ...], int, int]
+
+
+def _compile_all(tasks: list[_Task], jobs: int) -> Iterator[Usage | str]:
+    if jobs == 1:
+        yield from map(_compile_task, tasks)
+        return
+    # Not forked: a copy of a process that runs threads may hang.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile_task, tasks)
+
+
+def _compile_task(task: _Task) -> Usage | str:
+    # A kernel cannot be handed to another process; its place in the listing can.
+    names, number, arch = task
+    build = list(shipped_builds(kernel_modules(names)))[number]
+    try:
+        return compile_build(build, arch)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return f"{build.kernel.__name__} on sm_{arch} [{_describe(build)}]: {reason}"
 
 
 def _line(usage: Usage) -> str:

@@ -1,0 +1,70 @@
+"""The SiD loss with its weight and its three gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from dlmone_fast.kernels.distillation_loss import distillation_loss
+from torch import Tensor
+
+from benchmarks import checks, floors, peers, shapes, targets
+from benchmarks.race import Race, ours
+from dlmone_fast.kernels import reference
+
+_MU, _FLOOR = 1.2, 0.05
+_ROWS_CHECKED = 4
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.mark.shapes(shapes.DISTILLATION_LOSS)
+def test_distillation_loss(race: Race, shape: shapes.Shape, device: torch.device) -> None:
+    """Forward and backward over [B, 128, 128]; the second half of each sequence is the target."""
+    x, teacher, score = (torch.randn(shape.size, device=device).to(shape.dtype) for _ in range(3))
+    mask = (torch.arange(shape.length, device=device) >= shape.length // 2).expand(shape.size[:2])
+    mask = mask.clone()
+    inputs = tuple(t.requires_grad_() for t in (x, x + 0.3 * teacher, x + 0.3 * score))
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+
+    def own(backend: str) -> tuple[Tensor, ...]:
+        return _with_gradients(
+            lambda *i: distillation_loss(
+                *i, mask, mu=_MU, weight_floor=_FLOOR, kernel_backend=backend
+            )[0],
+            inputs,
+        )
+
+    def plain(x: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
+        return peers.distillation_loss(x, teacher, score, mask, _MU, _FLOOR)
+
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+    race(
+        "distillation loss",
+        shape,
+        {
+            **ours("distillation_loss", own),
+            targets.EAGER: lambda: _with_gradients(plain, inputs),
+            targets.COMPILED: lambda: _with_gradients(compiled, inputs),
+        },
+        checks.close_to(*_exact(inputs, mask)),
+        floors.distillation_loss(shape),
+    )
+
+
+def _with_gradients(
+    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Losses [B] and the gradients of their sum."""
+    losses = loss(*inputs)
+    return (losses.detach(), *torch.autograd.grad(losses.sum(), inputs))
+
+
+def _exact(inputs: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+    """The same in fp64 for the first rows."""
+    first = slice(_ROWS_CHECKED)
+    rows = tuple(t[first].detach().double().requires_grad_() for t in inputs)
+    return _with_gradients(
+        lambda *i: reference.distillation_loss(*i, mask[first], "sid", _MU, _FLOOR)[0], rows
+    )

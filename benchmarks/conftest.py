@@ -1,0 +1,93 @@
+"""Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
+
+pytest benchmarks --benchmark-only -k kernels [--device cpu|cuda] [--save-records]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import records, report, targets
+from benchmarks.floors import Machine, measure_machine
+from benchmarks.race import Race
+from benchmarks.timing import Stopwatch
+
+_ROWS = pytest.StashKey[list[records.Row]]()
+_MACHINE = pytest.StashKey[Machine]()
+_DEVICE = pytest.StashKey[torch.device]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options that only benchmarks have."""
+    group = parser.getgroup("kernel benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    group.addoption("--save-records", action="store_true",
+                    help="write benchmarks/results/<device>/<date>-<commit>.json")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Which device, and the marker that gives a benchmark its shapes."""
+    name = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.stash[_DEVICE] = torch.device(name)
+    config.stash[_ROWS] = []
+    config.addinivalue_line("markers", "shapes(by_device): the `shape`s to time on each device")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each shape of the marker `shapes` that is for this device."""
+    marker = metafunc.definition.get_closest_marker("shapes")
+    if marker is not None:
+        shapes = marker.args[0][metafunc.config.stash[_DEVICE].type]
+        metafunc.parametrize("shape", shapes, ids=[_identifier(s) for s in shapes])
+
+
+def _identifier(shape: object) -> str:
+    return str(shape).replace(" ", "-").replace("×", "x")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """What is timed."""
+    return request.config.stash[_DEVICE]
+
+
+@pytest.fixture(scope="session")
+def stopwatch(device: torch.device) -> Stopwatch:
+    """Times single calls on the device."""
+    return Stopwatch(device)
+
+
+@pytest.fixture(scope="session")
+def machine(
+    request: pytest.FixtureRequest, device: torch.device, stopwatch: Stopwatch
+) -> Machine:  # fmt: skip
+    """What the device can do, measured once a run."""
+    found = measure_machine(device, records.device_name(device), stopwatch)
+    request.config.stash[_MACHINE] = found
+    return found
+
+
+@pytest.fixture
+def race(
+    request: pytest.FixtureRequest, benchmark: Any, stopwatch: Stopwatch, machine: Machine
+) -> Race:  # fmt: skip
+    """Checks implementations and times them in turns."""
+    return Race(benchmark, stopwatch, machine, request.config.stash[_ROWS].extend)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The rows of all cases with ratios, the targets, and the record if it was asked for."""
+    rows, found = config.stash[_ROWS], config.stash.get(_MACHINE, None)
+    if not rows or found is None:
+        return
+    device = config.stash[_DEVICE]
+    judged = targets.judge(rows, device.type, found.copy)
+    record = records.record(device, found.record(), rows, judged)
+    terminalreporter.section("kernels beside their peers")
+    terminalreporter.write_line(report.markdown(record))
+    if config.getoption("save_records"):
+        path = records.save(record)
+        terminalreporter.write_line(f"\nrecord: {path.relative_to(records.ROOT)}")

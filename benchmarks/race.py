@@ -1,0 +1,144 @@
+"""Implementations of one operation on the same inputs: checked, then timed in turns.
+
+A wrong result is never timed. The peers run between the rounds of pytest-benchmark's own
+measurement, so that every ratio is of times taken side by side: a machine that slows down
+slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.checks import Check
+from benchmarks.floors import Machine, Work
+from benchmarks.records import Row
+from benchmarks.timing import Call, Stopwatch, peak_memory
+from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.kernels import dispatch
+
+OURS = "dlmone_fast"
+_SECONDS_EACH = 1.0
+_MOST_ROUNDS, _FEWEST_ROUNDS = 200, 5
+# A peer this slow says what it has to say in three samples.
+_FEWEST_SAMPLES = 3
+
+
+def ours(operation: str, call: Callable[[str], Any]) -> dict[str, Call]:
+    """`call(backend)` for each backend that "auto" may take here, the one it takes first."""
+    found: dict[str, Call] = {}
+    for backend in dispatch.backends(operation):
+        if not backend.automatic():
+            continue
+        try:
+            call(backend.name)
+        except BackendUnavailableError:
+            continue
+        found[f"{OURS} {backend.name}"] = partial(call, backend.name)
+    return found
+
+
+@dataclass(frozen=True)
+class Race:
+    """Runs one case and hands its rows to `report`.
+
+    Args of a call:
+        operation, case: name of the operation and of the shape.
+        implementations: what to run, ours first; names of ours begin with `OURS`.
+        check: None, or what is wrong with a result. A peer that fails or is wrong is reported
+            and not timed; one of ours ends the test.
+        work: the bytes and operations that any implementation needs.
+        check_peer: for peers whose result is not ours number by number; default: `check`.
+    """
+
+    benchmark: Any
+    stopwatch: Stopwatch
+    machine: Machine
+    report: Callable[[list[Row]], None]
+
+    def __call__(
+        self,
+        operation: str,
+        case: object,
+        implementations: Mapping[str, Call],
+        check: Check,
+        work: Work,
+        check_peer: Check | None = None,
+    ) -> list[Row]:
+        # Compiled peers of earlier cases count against a limit of torch's.
+        torch._dynamo.reset()
+        rows = {n: Row(operation, str(case), n, n.startswith(OURS)) for n in implementations}
+        runnable: dict[str, Call] = {}
+        for name, call in implementations.items():
+            own = rows[name].ours
+            complaint = _try(call, check if own else check_peer or check, must_run=own)
+            if complaint:
+                rows[name] = replace(rows[name], note=complaint)
+            else:
+                runnable[name] = call
+        for name, seconds in self._time(runnable).items():
+            rows[name] = self._fill(rows[name], seconds, work)
+        for name, call in runnable.items():
+            peak = peak_memory(call, self.stopwatch.device)
+            rows[name] = replace(rows[name], peak_bytes=peak)
+        self.benchmark.extra_info.update(operation=operation, case=str(case))
+        self.report(list(rows.values()))
+        return list(rows.values())
+
+    def _time(self, calls: dict[str, Call]) -> dict[str, list[float]]:
+        expected = {name: self.stopwatch.time(call) for name, call in calls.items()}
+        first, *others = calls
+        rounds = _between(_FEWEST_ROUNDS, int(_SECONDS_EACH / expected[first]), _MOST_ROUNDS)
+        counts = {
+            name: _between(_FEWEST_SAMPLES, int(_SECONDS_EACH / expected[name]), rounds)
+            for name in others
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+        def take(name: str) -> None:
+            seconds[name].append(self.stopwatch.time(calls[name]))
+
+        def peers() -> None:
+            done = len(seconds[first])
+            for name, count in counts.items():
+                if (done + 1) * count // rounds > done * count // rounds:
+                    take(name)
+
+        self.benchmark.pedantic(take, args=(first,), setup=peers, rounds=rounds)
+        return seconds
+
+    def _fill(self, row: Row, seconds: list[float], work: Work) -> Row:
+        median = statistics.median(seconds)
+        return replace(
+            row,
+            median_ms=1e3 * median,
+            min_ms=1e3 * min(seconds),
+            samples=len(seconds),
+            gigabytes_per_second=work.bytes / median / 1e9,
+            teraflops=work.flops / median / 1e12 if work.flops else None,
+            fraction_of_floor=self.machine.floor_seconds(work) / median,
+        )
+
+
+def _try(call: Call, check: Check, must_run: bool) -> str | None:
+    if must_run:
+        complaint = check(call())
+        if complaint:
+            pytest.fail(f"wrong, so not timed: {complaint}")
+        return None
+    try:
+        complaint = check(call())
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return f"failed: {type(error).__name__}: {reason[:120]}"
+    return f"wrong, so not timed: {complaint}" if complaint else None
+
+
+def _between(low: int, value: int, high: int) -> int:
+    return max(low, min(value, high))

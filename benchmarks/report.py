@@ -1,0 +1,92 @@
+"""A benchmark record as Markdown tables: `python -m benchmarks.report RECORD.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Row, first_of_ours, rows_of
+from dlmone_fast.evaluation.table import Table
+
+_COLUMNS = ["implementation", "median ms", "min ms", "GB/s", "TFLOP/s", "of floor", "peak MB",
+            "× our time", "× our memory", "samples"]  # fmt: skip
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Environment, one table a case, and the targets."""
+    rows = rows_of(record)
+    cases = list(dict.fromkeys((row.operation, row.case) for row in rows))
+    parts = [_environment(record)]
+    parts += [_case(rows, operation, case) for operation, case in cases]
+    if record["targets"]:
+        parts.append(_targets(record["targets"]))
+    return "\n\n".join(parts)
+
+
+def _environment(record: dict[str, Any]) -> str:
+    found, machine = record["environment"], record["machine"]
+    changes = " with uncommitted changes" if found["uncommitted_changes"] else ""
+    return (
+        f"{found['device']} (CPU {found['cpu']}), {found['threads']} threads, load average "
+        f"{found['load_average']:.2f}; Python {found['python']}, torch {found['torch']}, triton "
+        f"{found['triton']}, commit {str(found['commit'])[:9]}{changes}, {found['date']}.\n"
+        f"Copy {machine['copy_gb_s']:.0f} GB/s measured. Floors: {machine['bandwidth_gb_s']:.0f} "
+        f"GB/s, fp32 {machine['fp32_tflop_s']:.3g} and bf16 {machine['bf16_tflop_s']:.3g} "
+        f"TFLOP/s ({machine['source']})."
+    )
+
+
+def _case(rows: list[Row], operation: str, case: str) -> str:
+    table = Table(_COLUMNS)
+    own = first_of_ours(rows, operation, case)
+    for row in rows:
+        if (row.operation, row.case) == (operation, case):
+            table.add(row.implementation, *_cells(row, own))
+    return f"**{operation}, {case}**\n\n{table.markdown()}"
+
+
+def _cells(row: Row, own: Row | None) -> list[str | int | None]:
+    if row.median_ms is None:
+        return [row.note or None, *[None] * 8]
+    peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
+    return [
+        f"{row.median_ms:.3f}",
+        _number(row.min_ms, ".3f"),
+        _number(row.gigabytes_per_second, ".1f"),
+        _number(row.teraflops, ".3g"),
+        _number(row.fraction_of_floor, ".0%"),
+        _number(peak, ".1f"),
+        _ratio(row.median_ms, own.median_ms if own else None),
+        _ratio(row.peak_bytes, own.peak_bytes if own else None),
+        row.samples,
+    ]
+
+
+def _targets(targets: list[dict[str, Any]]) -> str:
+    table = Table(["target", "measured", "outcome"], "lrl")
+    for target in targets:
+        table.add(target["target"], _number(target["value"], ".3g"), target["outcome"])
+    return table.markdown()
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _ratio(theirs: float | None, ours: float | None) -> str | None:
+    return f"{theirs / ours:.2f}" if theirs is not None and ours else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the records given on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
+    for path in parser.parse_args(arguments).records:
+        print(markdown(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
