@@ -26,12 +26,11 @@ def test_distillation_loss(race: Race, shape: shapes.Shape, device: torch.device
     mask = (torch.arange(shape.length, device=device) >= shape.length // 2).expand(shape.size[:2])
     mask = mask.clone()
     inputs = tuple(t.requires_grad_() for t in (x, x + 0.3 * teacher, x + 0.3 * score))
-    inputs = tuple(t.detach().requires_grad_() for t in inputs)
 
     def own(backend: str) -> tuple[Tensor, ...]:
         return _with_gradients(
-            lambda *i: distillation_loss(
-                *i, mask, mu=_MU, weight_floor=_FLOOR, kernel_backend=backend
+            lambda x, teacher, score: distillation_loss(
+                x, teacher, score, mask, mu=_MU, weight_floor=_FLOOR, kernel_backend=backend
             )[0],
             inputs,
         )
@@ -53,9 +52,7 @@ def test_distillation_loss(race: Race, shape: shapes.Shape, device: torch.device
     )
 
 
-def _with_gradients(
-    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _with_gradients(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Losses [B] and the gradients of their sum."""
     losses = loss(*inputs)
     return (losses.detach(), *torch.autograd.grad(losses.sum(), inputs))
@@ -66,5 +63,8 @@ def _exact(inputs: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
     first = slice(_ROWS_CHECKED)
     rows = tuple(t[first].detach().double().requires_grad_() for t in inputs)
     return _with_gradients(
-        lambda *i: reference.distillation_loss(*i, mask[first], "sid", _MU, _FLOOR)[0], rows
+        lambda x, teacher, score: reference.distillation_loss(
+            x, teacher, score, mask[first], "sid", _MU, _FLOOR
+        )[0],
+        rows,
     )

@@ -78,6 +78,7 @@ def _inputs(shape: shapes.Shape, device: torch.device) -> tuple[Tensor, ...]:
 def _exact(x0: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor, samples: Tensor) -> Tensor:
     """x_t of the first rows in fp64."""
     first = slice(_ROWS_CHECKED)
-    noise = normal(_SEED, _STREAM, samples[first], _STEP, *x0.shape[1:], kernel_backend="torch")
+    length, width = x0.shape[1:]
+    noise = normal(_SEED, _STREAM, samples[first], _STEP, length, width, kernel_backend="torch")
     scales = (alpha[first].double(), sigma[first].double())
     return reference.forward_diffusion(x0[first].double(), *scales, mask[first], noise.double())
