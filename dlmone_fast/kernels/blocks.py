@@ -303,7 +303,7 @@ def _register() -> None:
         dispatch.register(
             op,
             dispatch.Backend("triton", support.usable, on_triton, support.automatic),
-            dispatch.Backend("torch", lambda x: None, on_torch),
+            dispatch.Backend("torch", lambda *tensors: None, on_torch),
         )
 
 

@@ -378,10 +378,10 @@ def _only(target: Tensor, values: Tensor) -> Tensor:
 dispatch.register(
     FORWARD,
     dispatch.Backend("triton", support.usable, _triton, support.automatic),
-    dispatch.Backend("torch", lambda x: None, _torch),
+    dispatch.Backend("torch", lambda *tensors: None, _torch),
 )
 dispatch.register(
     GRADIENTS,
     dispatch.Backend("triton", support.usable, _triton_gradients, support.automatic),
-    dispatch.Backend("torch", lambda x: None, _torch_gradients),
+    dispatch.Backend("torch", lambda *tensors: None, _torch_gradients),
 )
