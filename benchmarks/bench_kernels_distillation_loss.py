@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dlmone_fast.kernels.distillation_loss import distillation_loss
 from torch import Tensor
 
 from benchmarks import checks, floors, peers, shapes, targets
 from benchmarks.race import Race, ours
 from dlmone_fast.kernels import reference
+from dlmone_fast.kernels.distillation_loss import distillation_loss
 
 _MU, _FLOOR = 1.2, 0.05
 _ROWS_CHECKED = 4

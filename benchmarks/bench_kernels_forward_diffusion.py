@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dlmone_fast.kernels.forward_diffusion import forward_diffusion, forward_diffusion_of_tokens
 from torch import Tensor
 
 from benchmarks import checks, floors, peers, shapes
 from benchmarks.race import Race, ours
 from dlmone_fast.kernels import reference
+from dlmone_fast.kernels.forward_diffusion import forward_diffusion, forward_diffusion_of_tokens
 from dlmone_fast.kernels.noise import Stream, normal
 
 _SEED, _STREAM, _STEP = 1, Stream.TEACHER_NOISE, 7

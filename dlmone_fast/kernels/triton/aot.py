@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="compute capabilities without the dot (default: 80 90)")  # fmt: skip
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--without", nargs="+", default=[], metavar="TYPE",
-                        help="leave out configurations with pointers to these (fp16, ...)")  # fmt: skip
+                        help="leave out configurations with pointers to these types")  # fmt: skip
     parser.add_argument("--modules", nargs="+", default=[], metavar="NAME",
                         help="modules to check (default: those of this package)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
