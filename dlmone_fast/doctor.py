@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -132,10 +133,12 @@ def _kernels() -> dict[str, dict[str, str]]:
     """Backends of each operation with "usable" or why not, on each kind of device there is."""
     import torch
 
-    # Importing an operation registers its backends.
-    from dlmone_fast.kernels import dispatch, nearest_token  # noqa: F401
+    from dlmone_fast.kernels import dispatch
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    # Importing an operation registers its backends.
+    for name in dispatch.OPERATIONS:
+        importlib.import_module(f"dlmone_fast.kernels.{name}")
     found: dict[str, dict[str, str]] = {}
     for device in devices:
         example = (torch.zeros(1, 4, device=device), torch.zeros(2, 4, device=device))

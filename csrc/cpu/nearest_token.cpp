@@ -1,43 +1,27 @@
 // Nearest-token rounding in two phases, for at most kChunk tokens at a time:
 //
-// 1. search: each thread transposes panels of the vocabulary into its cache and keeps, for every
-//    token, only the lowest fp32 score of the panel. Nothing of size tokens x vocabulary exists.
-// 2. decide: fp32 scores carry an error of at most B, so the answer lies among the ids whose score
-//    is within 2 B of the lowest. Only panels that reach that limit are scored again; a single id
+// 1. search: each thread takes panels of the vocabulary and keeps, for every token, only the lowest
+//    score of the panel. Nothing of size tokens x vocabulary exists.
+// 2. decide: scores carry an error of at most B, so the answer lies among the ids whose score is
+//    within 2 B of the lowest. Only panels that reach that limit are scored again; a single id
 //    below the limit is the answer, several are compared by their fp64 distances. With margins the
 //    limit starts from the second-lowest score, and the two lowest distances are kept.
 //
-// The result does not depend on the number of threads or on the instruction set.
+// The result does not depend on the number of threads, on the search or on the instruction set.
 #include "nearest_token.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
 #include <stdexcept>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "packing.h"
-#include "tiles.h"
+#include "search.h"
 
 namespace dlmone::cpu {
 namespace {
 
 constexpr int64_t kChunk = 1024;
 constexpr int64_t kSpan = 64;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
+// Panels that a coarse search may leave open before a token is worth an exacter one.
+constexpr size_t kPatience = 64;
 
 std::vector<const TileKernel*> supported_kernels() {
   std::vector<const TileKernel*> kernels;
@@ -57,6 +41,27 @@ const TileKernel& choose_kernel(const std::string& path) {
   throw std::invalid_argument("nearest_token: this CPU has no path '" + path + "'");
 }
 
+bool on_bytes(const std::string& path) {
+#if defined(__x86_64__)
+  return path == kBytesName && bytes_supported();
+#else
+  (void)path;
+  return false;
+#endif
+}
+
+std::unique_ptr<Search> make_search(const NearestToken& job, const std::string& path) {
+#if defined(__x86_64__)
+  if (on_bytes(path)) {
+    if (auto search = make_bytes_search(job)) return search;
+    NearestToken unpacked = job;
+    unpacked.packed = nullptr;
+    return make_float_search(unpacked, choose_kernel(""));
+  }
+#endif
+  return make_float_search(job, choose_kernel(path));
+}
+
 // Squares summed by folding halves onto each other: an order that any device can follow.
 double squared_distance(const float* x, const float* e, int64_t d, int64_t width, double* scratch) {
   for (int64_t k = 0; k < d; ++k) {
@@ -70,287 +75,207 @@ double squared_distance(const float* x, const float* e, int64_t d, int64_t width
   return scratch[0];
 }
 
-double norm(const float* x, int64_t d) {
-  double sum = 0.0;
-  for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
-  return std::sqrt(sum);
-}
+struct TwoLowest {
+  int64_t id = -1;
+  double lowest = std::numeric_limits<double>::infinity();
+  double second = std::numeric_limits<double>::infinity();
+
+  // Ids come in rising order, so only a smaller distance replaces the choice.
+  void consider(int64_t v, double distance) {
+    if (distance < lowest) {
+      second = lowest;
+      lowest = distance;
+      id = v;
+    } else {
+      second = std::min(second, distance);
+    }
+  }
+};
 
 // One chunk of tokens on its way through the two phases.
 class Chunk {
  public:
-  Chunk(const NearestToken& job, const TileKernel& kernel)
+  Chunk(const NearestToken& job, Search& search)
       : job_(job),
-        kernel_(kernel),
-        panels_(ceil_div(job.v, kPanelRows)),
-        tiles_(ceil_div(job.n, kernel.tokens)),
-        stride_(tiles_ * kernel.tokens),
+        search_(search),
+        stride_(search.stride()),
         width_(power_of_two(job.d)),
-        x_tiles_(stride_ * job.d),
-        panel_buffers_(job.threads * kPanelRows * (job.d + 1)),
-        smallest_(panels_ * stride_),
-        largest_half_norm_(panels_, 0.0f),
-        fp64_scratch_(job.threads * width_) {}
+        smallest_(search.panels() * stride_) {}
 
-  void run() {
-    search();
-    decide();
+  // Returns the tokens that the search left too unclear to decide here.
+  std::vector<int64_t> run() {
+    search_.run(smallest_.get());
+    std::vector<std::vector<int64_t>> left(ceil_div(job_.n, kSpan));
+#pragma omp parallel for schedule(dynamic) num_threads(job_.threads)
+    for (int64_t span = 0; span < static_cast<int64_t>(left.size()); ++span) {
+      decide_span(span * kSpan, std::min(job_.n, (span + 1) * kSpan), left[span]);
+    }
+    std::vector<int64_t> all;
+    for (const auto& part : left) all.insert(all.end(), part.begin(), part.end());
+    return all;
   }
 
  private:
-  struct Choice {
-    int64_t id = -1;
-    double distance = -1.0;  // negative: not measured, because nothing competed with `id` yet
-  };
-
-  struct TwoLowest {
-    int64_t id = -1;
-    double lowest = std::numeric_limits<double>::infinity();
-    double second = std::numeric_limits<double>::infinity();
-
-    // Ids come in rising order, so only a smaller distance replaces the choice.
-    void consider(int64_t v, double distance) {
-      if (distance < lowest) {
-        second = lowest;
-        lowest = distance;
-        id = v;
-      } else {
-        second = std::min(second, distance);
-      }
-    }
-  };
-
-  struct Scored {
-    int64_t id;
-    float score;
-  };
-
   static int64_t power_of_two(int64_t d) {
     int64_t width = 1;
     while (width < d) width *= 2;
     return width;
   }
 
-  const float* x_row(int64_t i) const { return job_.x + i * job_.x_stride; }
-  const float* e_row(int64_t v) const { return job_.e + v * job_.e_stride; }
-
-  void search() {
-    for (int64_t tile = 0; tile < tiles_; ++tile) {
-      const int64_t first = tile * kernel_.tokens;
-      interleave(x_row(first), job_.x_stride, job_.n - first, job_.d, kernel_.tokens,
-                 x_tiles_.get() + first * job_.d);
-    }
-    // A vocabulary with fewer panels than threads is shared out by groups of tiles as well.
-    const int64_t groups = std::min(tiles_, ceil_div(job_.threads, panels_));
-    const int64_t tiles_per_group = ceil_div(tiles_, groups);
-#pragma omp parallel for schedule(static) num_threads(job_.threads)
-    for (int64_t item = 0; item < panels_ * groups; ++item) {
-      const int64_t first = item % groups * tiles_per_group;
-      search_panel(item / groups, first, std::min(tiles_, first + tiles_per_group));
-    }
-  }
-
-  void search_panel(int64_t panel, int64_t first_tile, int64_t last_tile) {
-    float* packed = panel_buffers_.get() + thread_index() * kPanelRows * (job_.d + 1);
-    float* half_norms = packed + kPanelRows * job_.d;
-    pack_panel(panel, packed);
-    kernel_.half_norms(packed, job_.d, half_norms);
-    if (first_tile == 0) {
-      for (int64_t j = 0; j < kPanelRows; ++j) {
-        largest_half_norm_[panel] = std::max(largest_half_norm_[panel], half_norms[j]);
-      }
-    }
-    const int64_t rows = std::min(kPanelRows, job_.v - panel * kPanelRows);
-    std::fill(half_norms + rows, half_norms + kPanelRows, kInfinity);
-    float* smallest = smallest_.get() + panel * stride_;
-    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-      const int64_t token = tile * kernel_.tokens;
-      kernel_.panel_min(x_tiles_.get() + token * job_.d, packed, half_norms, job_.d,
-                        smallest + token);
-    }
-  }
-
-  // The place for a vocabulary that was packed once per model: its panel would be returned here.
-  void pack_panel(int64_t panel, float* packed) const {
-    for (int64_t j = 0; j < kPanelRows; j += kernel_.lanes) {
-      const int64_t row = panel * kPanelRows + j;
-      if (row + kernel_.lanes <= job_.v) {
-        interleave_fast(e_row(row), job_.e_stride, job_.d, kernel_.lanes, packed + j * job_.d);
-      } else {
-        interleave(e_row(row), job_.e_stride, job_.v - row, job_.d, kernel_.lanes,
-                   packed + j * job_.d);
-      }
-    }
-  }
-
-  void decide() {
-    const double half = *std::max_element(largest_half_norm_.begin(), largest_half_norm_.end());
-#pragma omp parallel for schedule(dynamic) num_threads(job_.threads)
-    for (int64_t first = 0; first < job_.n; first += kSpan) {
-      const int64_t last = std::min(job_.n, first + kSpan);
-      job_.margins ? measure_span(first, last, half) : decide_span(first, last, half);
-    }
-  }
-
-  void decide_span(int64_t first, int64_t last, double largest_half_norm) {
+  void decide_span(int64_t first, int64_t last, std::vector<int64_t>& left) const {
     const int64_t count = last - first;
     float lowest[kSpan];
+    float second[kSpan];
     std::fill_n(lowest, kSpan, kInfinity);
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      const float* scores = smallest_.get() + panel * stride_ + first;
-      for (int64_t i = 0; i < count; ++i) lowest[i] = std::min(lowest[i], scores[i]);
-    }
-    double limit[kSpan];
-    Choice choice[kSpan];
-    for (int64_t i = 0; i < count; ++i) {
-      limit[i] = lowest[i] + 2.0 * score_error(x_row(first + i), largest_half_norm);
-      // Beyond fp32's range the scores say nothing: compare every id in fp64 instead.
-      if (!std::isfinite(limit[i])) {
-        choice[i].id = scan(first + i);
-        limit[i] = -std::numeric_limits<double>::infinity();
-      }
-    }
-    for (int64_t panel = 0; panel < panels_; ++panel) {
+    std::fill_n(second, kSpan, kInfinity);
+    for (int64_t panel = 0; panel < search_.panels(); ++panel) {
       const float* scores = smallest_.get() + panel * stride_ + first;
       for (int64_t i = 0; i < count; ++i) {
-        if (scores[i] <= limit[i]) consider_panel(panel, first + i, limit[i], choice[i]);
+        second[i] = std::min(second[i], std::max(lowest[i], scores[i]));
+        lowest[i] = std::min(lowest[i], scores[i]);
       }
     }
-    for (int64_t i = 0; i < count; ++i) job_.ids[first + i] = choice[i].id;
-  }
-
-  // decide_span with margins. The lowest scores of two panels belong to two ids, so the two lowest
-  // distances have scores within 2 B of the second.
-  void measure_span(int64_t first, int64_t last, double largest_half_norm) {
+    double error[kSpan];
+    double limit[kSpan];
+    bool clear[kSpan];
+    for (int64_t i = 0; i < count; ++i) {
+      error[i] = 2.0 * search_.error(first + i);
+      clear[i] = std::isfinite(lowest[i] + error[i]);
+      // The lowest scores of two panels belong to two ids, so the two lowest distances have scores
+      // within 2 B of the second.
+      limit[i] = (job_.margins ? second[i] : lowest[i]) + error[i];
+      if (!clear[i]) limit[i] = -std::numeric_limits<double>::infinity();
+    }
+    std::vector<int64_t> open[kSpan];
+    for (int64_t panel = 0; panel < search_.panels(); ++panel) {
+      const float* scores = smallest_.get() + panel * stride_ + first;
+      for (int64_t i = 0; i < count; ++i) {
+        if (scores[i] <= limit[i]) open[i].push_back(panel);
+      }
+    }
     std::vector<Scored> near;
-    for (int64_t token = first; token < last; ++token) {
-      float lowest = kInfinity;
-      float second = kInfinity;
-      for (int64_t panel = 0; panel < panels_; ++panel) {
-        const float score = smallest_.get()[panel * stride_ + token];
-        second = std::min(second, std::max(lowest, score));
-        lowest = std::min(lowest, score);
-      }
-      const double error = 2.0 * score_error(x_row(token), largest_half_norm);
-      TwoLowest found;
-      if (std::isfinite(lowest + error)) {
-        collect(token, second + error, near);
-        const double limit = second_score(near) + error;
-        for (const Scored& each : near) {
-          if (each.score <= limit) found.consider(each.id, distance(x_row(token), each.id));
-        }
+    std::vector<double> scratch(width_);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = first + i;
+      if (search_.coarse() && (!clear[i] || open[i].size() > kPatience)) {
+        left.push_back(token);
+      } else if (clear[i]) {
+        near.clear();
+        for (const int64_t panel : open[i]) search_.collect(token, panel, limit[i], near);
+        decide(token, near, error[i], scratch.data());
       } else {
-        for (int64_t v = 0; v < job_.v; ++v) found.consider(v, distance(x_row(token), v));
-      }
-      job_.ids[token] = std::max(found.id, int64_t{0});
-      job_.margins[token] = found.id < 0 ? 0.0f : static_cast<float>(found.second - found.lowest);
-    }
-  }
-
-  // Ids in rising order whose score is at most `limit`, from the panels that reach it.
-  void collect(int64_t token, double limit, std::vector<Scored>& near) const {
-    near.clear();
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      if (!(smallest_.get()[panel * stride_ + token] <= limit)) continue;
-      const int64_t first = panel * kPanelRows;
-      const int64_t last = std::min(job_.v, first + kPanelRows);
-      for (int64_t v = first; v < last; ++v) {
-        const float score = kernel_.score(x_row(token), e_row(v), job_.d);
-        if (score <= limit) near.push_back({v, score});
+        // Beyond fp32's range the scores say nothing: compare every id in fp64 instead.
+        TwoLowest found;
+        for (int64_t v = 0; v < job_.v; ++v) measure(token, v, scratch.data(), found);
+        write(token, found);
       }
     }
   }
 
-  static float second_score(const std::vector<Scored>& near) {
+  void decide(int64_t token, const std::vector<Scored>& near, double error, double* scratch) const {
     float lowest = kInfinity;
     float second = kInfinity;
     for (const Scored& each : near) {
       second = std::min(second, std::max(lowest, each.score));
       lowest = std::min(lowest, each.score);
     }
-    return second;
-  }
-
-  // Bound on |fp32 score - exact score| for any order of summation: (d + 4) roundings, each of
-  // relative size 2^-24, of terms whose sizes add up to at most |x| |e| + |e|^2 / 2. Underflow
-  // adds less than the smallest normal number for every term. Infinite beyond fp32's range.
-  double score_error(const float* x, double largest_half_norm) const {
-    // The half norms are rounded themselves; one percent more covers that and the sums here.
-    const double half = 1.01 * largest_half_norm;
-    const double size = norm(x, job_.d) * std::sqrt(2.0 * half) + half;
-    if (!(size < 1e37)) return std::numeric_limits<double>::infinity();
-    const double roundings = std::ldexp(static_cast<double>(job_.d + 4), -24);
-    return 1.01 * roundings / (1.0 - roundings) * size + std::ldexp(job_.d + 4.0, -125);
-  }
-
-  void consider_panel(int64_t panel, int64_t token, double limit, Choice& choice) {
-    const float* x = x_row(token);
-    const int64_t first = panel * kPanelRows;
-    const int64_t last = std::min(job_.v, first + kPanelRows);
-    for (int64_t v = first; v < last; ++v) {
-      if (kernel_.score(x, e_row(v), job_.d) <= limit) consider(x, v, choice);
-    }
-  }
-
-  // Ids come in rising order, so only a smaller distance replaces the choice.
-  void consider(const float* x, int64_t v, Choice& choice) {
-    if (choice.id < 0) {
-      choice.id = v;
-      return;
-    }
-    if (choice.distance < 0.0) choice.distance = distance(x, choice.id);
-    const double candidate = distance(x, v);
-    if (candidate < choice.distance) choice = {v, candidate};
-  }
-
-  int64_t scan(int64_t token) {
-    int64_t id = 0;
-    double smallest = std::numeric_limits<double>::infinity();
-    for (int64_t v = 0; v < job_.v; ++v) {
-      const double candidate = distance(x_row(token), v);
-      if (candidate < smallest) {
-        smallest = candidate;
-        id = v;
+    const double limit = (job_.margins ? second : lowest) + error;
+    TwoLowest found;
+    if (!job_.margins && !(second <= limit)) {
+      const auto best =
+          std::min_element(near.begin(), near.end(),
+                           [](const Scored& a, const Scored& b) { return a.score < b.score; });
+      found.id = best->id;
+    } else {
+      for (const Scored& each : near) {
+        if (each.score <= limit) measure(token, each.id, scratch, found);
       }
     }
-    return id;
+    write(token, found);
   }
 
-  double distance(const float* x, int64_t v) {
-    double* scratch = fp64_scratch_.data() + thread_index() * width_;
-    return squared_distance(x, e_row(v), job_.d, width_, scratch);
+  void measure(int64_t token, int64_t v, double* scratch, TwoLowest& found) const {
+    const float* x = job_.x + token * job_.x_stride;
+    const float* e = job_.e + v * job_.e_stride;
+    found.consider(v, squared_distance(x, e, job_.d, width_, scratch));
+  }
+
+  void write(int64_t token, const TwoLowest& found) const {
+    job_.ids[token] = std::max(found.id, int64_t{0});
+    if (!job_.margins) return;
+    job_.margins[token] = found.id < 0 ? 0.0f : static_cast<float>(found.second - found.lowest);
   }
 
   const NearestToken& job_;
-  const TileKernel& kernel_;
-  const int64_t panels_;
-  const int64_t tiles_;
-  const int64_t stride_;  // tokens of the chunk, rounded up to whole tiles
-  const int64_t width_;   // d rounded up to a power of two
-  const Buffer x_tiles_;
-  const Buffer panel_buffers_;
+  Search& search_;
+  const int64_t stride_;
+  const int64_t width_;    // d rounded up to a power of two
   const Buffer smallest_;  // [panels][stride]
-  std::vector<float> largest_half_norm_;
-  std::vector<double> fp64_scratch_;
 };
+
+// The tokens that a coarse search left open, in fp32.
+void search_again(const NearestToken& job, const std::vector<int64_t>& tokens) {
+  const auto n = static_cast<int64_t>(tokens.size());
+  std::vector<float> x(n * job.d);
+  std::vector<int64_t> ids(n);
+  std::vector<float> margins(n);
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(job.x + tokens[i] * job.x_stride, job.d, x.data() + i * job.d);
+  }
+  NearestToken part = job;
+  part.x = x.data();
+  part.n = n;
+  part.x_stride = job.d;
+  part.ids = ids.data();
+  part.margins = job.margins ? margins.data() : nullptr;
+  part.packed = nullptr;
+  const auto search = make_float_search(part, choose_kernel(""));
+  Chunk(part, *search).run();
+  for (int64_t i = 0; i < n; ++i) {
+    job.ids[tokens[i]] = ids[i];
+    if (job.margins) job.margins[tokens[i]] = margins[i];
+  }
+}
 
 }  // namespace
 
 std::vector<std::string> supported_paths() {
   std::vector<std::string> names;
+#if defined(__x86_64__)
+  if (bytes_supported()) names.emplace_back(kBytesName);
+#endif
   for (const TileKernel* kernel : supported_kernels()) names.emplace_back(kernel->name);
   return names;
 }
 
+int64_t packed_bytes(int64_t v, int64_t d, const std::string& path) {
+#if defined(__x86_64__)
+  if (on_bytes(path)) return bytes_packed_bytes(v, d);
+#endif
+  choose_kernel(path);
+  return float_packed_bytes(v, d);
+}
+
+void pack_vocabulary(const NearestToken& job, const std::string& path, void* packed) {
+#if defined(__x86_64__)
+  if (on_bytes(path)) return pack_bytes(job, packed);
+#endif
+  pack_floats(job, choose_kernel(path), packed);
+}
+
 void nearest_token(const NearestToken& job, const std::string& path) {
-  const TileKernel& kernel = choose_kernel(path);
+  if (on_bytes(path) && job.packed == nullptr) {
+    throw std::invalid_argument("nearest_token: the path '" + path + "' needs a packed table");
+  }
   for (int64_t first = 0; first < job.n; first += kChunk) {
     NearestToken part = job;
     part.x += first * job.x_stride;
     part.ids += first;
     if (part.margins != nullptr) part.margins += first;
     part.n = std::min(kChunk, job.n - first);
-    Chunk(part, kernel).run();
+    const auto search = make_search(part, path);
+    const std::vector<int64_t> left = Chunk(part, *search).run();
+    if (!left.empty()) search_again(part, left);
   }
 }
 

@@ -6,11 +6,15 @@ namespace {
 bool supported() { return true; }
 
 void words(const NoiseDraw& draw, uint32_t first, uint32_t* out) {
-  generic::words(draw, first, out);
+  uint32_t found[4][kNoiseTile];
+  generic::philox(draw, first, found);
+  generic::interleave4(found, out);
 }
 
 void normals(const NoiseDraw& draw, uint32_t first, float* out) {
-  generic::normals(draw, first, out);
+  uint32_t found[4][kNoiseTile];
+  generic::philox(draw, first, found);
+  generic::normals(found, out);
 }
 
 }  // namespace

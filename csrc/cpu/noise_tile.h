@@ -37,6 +37,12 @@ extern const NoiseKernel kAvx2Noise;
 extern const NoiseKernel kAvx512Noise;
 #endif
 
+constexpr uint32_t kMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kWeyl0 = 0x9E3779B9u;
+constexpr uint32_t kWeyl1 = 0xBB67AE85u;
+constexpr int kRounds = 10;
+
 // Loops of a fixed length that the compiler vectorises by itself, inlined into each instruction
 // set's functions.
 namespace generic {
@@ -49,15 +55,15 @@ DLMONE_INLINE void philox(const NoiseDraw& draw, uint32_t first, uint32_t (*word
     uint32_t c3 = first + static_cast<uint32_t>(j);
     uint32_t k0 = draw.key[0], k1 = draw.key[1];
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
-      const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
+    for (int round = 0; round < kRounds; ++round) {
+      const uint64_t product0 = uint64_t{kMultiplier0} * c0;
+      const uint64_t product1 = uint64_t{kMultiplier1} * c2;
       c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
       c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
       c1 = static_cast<uint32_t>(product1);
       c3 = static_cast<uint32_t>(product0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      k0 += kWeyl0;
+      k1 += kWeyl1;
     }
     words[0][j] = c0;
     words[1][j] = c1;
@@ -157,18 +163,10 @@ DLMONE_INLINE void interleave4(const T (*__restrict from)[kNoiseTile], T* __rest
   }
 }
 
-DLMONE_INLINE void words(const NoiseDraw& draw, uint32_t first, uint32_t* out) {
-  uint32_t found[4][kNoiseTile];
-  philox(draw, first, found);
-  interleave4(found, out);
-}
-
-DLMONE_INLINE void normals(const NoiseDraw& draw, uint32_t first, float* out) {
-  uint32_t found[4][kNoiseTile];
+DLMONE_INLINE void normals(const uint32_t (*words)[kNoiseTile], float* out) {
   float values[4][kNoiseTile];
-  philox(draw, first, found);
-  box_muller(found[0], found[1], values[0], values[1]);
-  box_muller(found[2], found[3], values[2], values[3]);
+  box_muller(words[0], words[1], values[0], values[1]);
+  box_muller(words[2], words[3], values[2], values[3]);
   interleave4(values, out);
 }
 

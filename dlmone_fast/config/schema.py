@@ -223,6 +223,9 @@ class StageConfig(Section):
     """θ updates."""
     batch_size: int = 128
     micro_batch_size: int = 32
+    form: str = "sid"
+    """sid: DLM-One's loss (Eq. 4), through φ and ψ; kl: the distribution-matching gradient, which
+    reaches θ at its output alone and needs no backward pass through φ."""
     mu: float = 1.2
     """μ of the SiD loss (Eq. 4)."""
     dsm_weight: float = 0.5
@@ -267,6 +270,7 @@ class StageConfig(Section):
     def check(self) -> None:
         _within(self, 1, 10_000_000, "steps")
         _within(self, 1, 1 << 20, "batch_size", "micro_batch_size")
+        _one_of(self, ("sid", "kl"), "form")
         _within(self, -4, 4, "mu")
         _within(self, 0, 1e6, "dsm_weight", "score_adversarial_weight", "sid_weight")
         _within(self, 0, 1e6, "generator_adversarial_weight", "sid_scale", "adversarial_scale")

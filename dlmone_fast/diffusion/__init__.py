@@ -1,6 +1,13 @@
 """Forward diffusion: noise schedules, q(x_t | x_0) and the draws of t."""
 
-from dlmone_fast.diffusion.schedule import Schedule, column
+from dlmone_fast.diffusion.schedule import Draw, Schedule, column
 from dlmone_fast.diffusion.timesteps import LossAwareTimesteps, TimestepSampler, UniformTimesteps
 
-__all__ = ["LossAwareTimesteps", "Schedule", "TimestepSampler", "UniformTimesteps", "column"]
+__all__ = [
+    "Draw",
+    "LossAwareTimesteps",
+    "Schedule",
+    "TimestepSampler",
+    "UniformTimesteps",
+    "column",
+]

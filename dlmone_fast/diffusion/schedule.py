@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlmone_fast.config import DiffusionConfig
 from dlmone_fast.errors import UsageError
+from dlmone_fast.kernels.forward_diffusion import forward_diffusion, forward_diffusion_of_tokens
 
 _MAX_BETA = 0.999
+
+
+class Draw(NamedTuple):
+    """Noise by its counters instead of its values: it is made where it is used.
+
+    `kernels/noise.py` defines seed, stream, sample (one for each row) and step; the values are
+    those of `normal` with the same arguments.
+    """
+
+    seed: int
+    stream: int
+    sample: Tensor
+    step: int
 
 
 class Schedule:
@@ -89,19 +104,43 @@ class Schedule:
         return rows.expand(len(x))
 
     def q_sample(
-        self, x0: Tensor, t: Tensor | int, noise: Tensor, mask: Tensor | None = None
+        self, x0: Tensor, t: Tensor | int, noise: Tensor | Draw, mask: Tensor | None = None
     ) -> Tensor:
         """Draw x_t from q(x_t | x_0) on target positions; source positions keep x_0.
 
         Args:
             x0: embeddings [B, L, d].
             t: timesteps in 0 … T - 1, [B] or one for all.
-            noise: standard normal draws, like x0.
+            noise: standard normal draws, like x0, or the `Draw` that names them.
             mask: [B, L], 0 on source positions; None: noise every position.
         """
         t = self.timesteps(t, x0)
-        x_t = self.at("alpha", t) * x0 + self.at("sigma", t) * noise
-        return x_t if mask is None else keep_source(x_t, x0, mask)
+        alpha, sigma = (self.table(name, x0.device)[t] for name in ("alpha", "sigma"))
+        return _add_noise(x0, alpha, sigma, noise, mask)
+
+    def q_sample_of_tokens(
+        self, ids: Tensor, table: Tensor, t: Tensor | int, noise: Draw, mask: Tensor | None = None
+    ) -> Tensor:
+        """`q_sample` of x_0 = table[ids] for ids [B, L] and table [V, d]; x_0 is not stored."""
+        t = self.timesteps(t, ids)
+        alpha, sigma = (self.table(name, ids.device)[t] for name in ("alpha", "sigma"))
+        return forward_diffusion_of_tokens(ids, table, alpha, sigma, mask, *noise)
+
+    def embedding_noise(
+        self, x: Tensor, noise: Tensor | Draw, mask: Tensor | None = None
+    ) -> Tensor:
+        """x + sigma_0 noise: DiffuSeq's x_0 around an embedding; arguments as for `q_sample`."""
+        ones = torch.ones(len(x), device=x.device)
+        return _add_noise(x, ones, self.table("sigma", x.device)[0] * ones, noise, mask)
+
+
+def _add_noise(
+    x: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | Draw, mask: Tensor | None
+) -> Tensor:
+    if isinstance(noise, Draw):
+        return forward_diffusion(x, alpha, sigma, mask, *noise)
+    noisy = column(alpha) * x + column(sigma) * noise
+    return noisy if mask is None else keep_source(noisy, x, mask)
 
 
 def keep_source(x: Tensor, source: Tensor, mask: Tensor) -> Tensor:

@@ -19,12 +19,20 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dlmone_fast.errors import BackendUnavailableError
 
 ENVIRONMENT_VARIABLE = "DLMONE_KERNEL_BACKEND"
 AUTO = "auto"
+
+OPERATIONS = (
+    "noise",
+    "forward_diffusion",
+    "distillation_loss",
+    "linear_cross_entropy",
+    "blocks",
+    "nearest_token",
+)
+"""The modules of this package that hold operations; importing one registers its backends."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,6 @@ def select(op: str, *tensors: Any, kernel_backend: str | None = None) -> Backend
     raise BackendUnavailableError(_refusal(op, wanted, reasons, tensors))
 
 
-@torch.compiler.assume_constant_result
 def requested(op: str, kernel_backend: str | None = None) -> str:
     """The name that is asked for now: what an operation hands on to its backward pass.
 
@@ -103,6 +110,10 @@ def requested(op: str, kernel_backend: str | None = None) -> str:
     `torch.compile` the request is read once, while tracing.
     """
     return kernel_backend or _requested(op)
+
+
+# What torch.compiler.assume_constant_result sets; that function loads the compiler, and triton.
+requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _requested(op: str) -> str:

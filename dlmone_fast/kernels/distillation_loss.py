@@ -17,7 +17,7 @@ The kl form is distribution matching: its gradient is the difference of the two 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def distillation_loss(
     x0_score: Tensor,
     mask: Tensor,
     *,
-    form: Literal["sid", "kl"] = "sid",
+    form: str = "sid",
     mu: float = 1.0,
     weight_floor: float,
     multiplier: Tensor | float | None = None,
@@ -93,7 +93,9 @@ def distillation_loss(
             x, x0_teacher, x0_score, mask, constants, count, early, wanted
         )
         return result
-    loss, weight, *_ = _forward(x, x0_teacher, x0_score, mask, *constants, 0, wanted)
+    # The kl form has no gradient to the predictions, whatever they ask for.
+    with torch.no_grad():
+        loss, weight, *_ = _forward(x, x0_teacher, x0_score, mask, *constants, 0, wanted)
     return loss, weight
 
 

@@ -211,7 +211,7 @@ def _triton_backward(
     return kernels.scale_targets(grad, alpha, targets, dtype)
 
 
-def _cpp_usable(x: Tensor) -> str | None:
+def _cpp_usable(x: Tensor, *others: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on CPU tensors, not on {x.device.type}"
     if x.dtype != torch.float32:
@@ -362,12 +362,12 @@ dispatch.register(
     _OP,
     dispatch.Backend("triton", support.usable, _triton, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp),
-    dispatch.Backend("torch", lambda x: None, _torch),
+    dispatch.Backend("torch", lambda *tensors: None, _torch),
 )
 # Backward is one multiplication: on CPUs torch's own, whichever made x_t.
 dispatch.register(
     _BACKWARD,
     dispatch.Backend("triton", support.usable, _triton_backward, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _torch_backward),
-    dispatch.Backend("torch", lambda x: None, _torch_backward),
+    dispatch.Backend("torch", lambda *tensors: None, _torch_backward),
 )

@@ -137,11 +137,15 @@ def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -
 
     The columns are k0, k1, sample, step, each in [0, 2^32). Arguments and errors as for `normal`.
     """
-    rows = _row_count(seed=seed, sample=sample, step=step)
     columns = [*_key(seed, device), _word("sample", sample, None), _word("step", step, None)]
     if not any(isinstance(column, Tensor) for column in columns):
         return torch.tensor([columns], dtype=torch.int64, device=device)
+    rows = _row_count(seed=seed, sample=sample, step=step)
     draws = torch.empty(rows, 4, dtype=torch.int64, device=device)
+    for name, column in (("sample", columns[2]), ("step", columns[3])):
+        if isinstance(column, Tensor) and column.dim() > 1:
+            shape = tuple(column.shape)
+            raise UsageError(f"{name} must be one number or 1-D, got shape {shape}")
     for place, column in enumerate(columns):
         draws[:, place] = column
     return draws
@@ -269,18 +273,18 @@ def _triton_words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
     return noise.words(draws, stream, first, count)
 
 
-def _cpp_usable(draws: Tensor) -> str | None:
+def _cpp_usable(draws: Tensor, *others: Tensor) -> str | None:
     if draws.device.type != "cpu":
         return f"it runs on CPU tensors, not on {draws.device.type}"
     return native.why_missing()
 
 
 def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:
-    draws = draws.contiguous()
-    out = torch.empty(len(draws), positions, channels, dtype=torch.float32)
+    rows, draws = draws.shape[0], draws.contiguous()
+    out = torch.empty(rows, positions, channels, dtype=torch.float32)
     native.module().normal(
         draws.data_ptr(),
-        len(draws),
+        rows,
         stream,
         positions,
         channels,
@@ -292,11 +296,11 @@ def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = 
 
 
 def _cpp_words(draws: Tensor, stream: int, first: int, count: int, path: str = "") -> Tensor:
-    draws = draws.contiguous()
-    out = torch.empty(len(draws), count, 4, dtype=torch.int64)
+    rows, draws = draws.shape[0], draws.contiguous()
+    out = torch.empty(rows, count, 4, dtype=torch.int64)
     native.module().philox_words(
         draws.data_ptr(),
-        len(draws),
+        rows,
         stream,
         first,
         count,
@@ -401,11 +405,11 @@ dispatch.register(
     "noise",
     dispatch.Backend("triton", support.usable, _triton, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp),
-    dispatch.Backend("torch", lambda draws: None, philox.normals),
+    dispatch.Backend("torch", lambda *tensors: None, philox.normals),
 )
 dispatch.register(
     "noise_bits",
     dispatch.Backend("triton", support.usable, _triton_words, support.automatic),
     dispatch.Backend("cpp", _cpp_usable, _cpp_words),
-    dispatch.Backend("torch", lambda draws: None, philox.words),
+    dispatch.Backend("torch", lambda *tensors: None, philox.words),
 )

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dlmone_fast.config import TeacherConfig
-from dlmone_fast.diffusion import Schedule
+from dlmone_fast.diffusion import Draw, Schedule
+from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from dlmone_fast.networks import DiffusionLM, TokenEmbedding
 
 
@@ -23,8 +23,8 @@ def teacher_loss(
     ids: Tensor,
     mask: Tensor,
     t: Tensor,
-    noise: Tensor,
-    embedding_noise: Tensor,
+    noise: Tensor | Draw,
+    embedding_noise: Tensor | Draw,
 ) -> dict[str, Tensor]:
     """Per-sample terms of the teacher's loss.
 
@@ -35,9 +35,8 @@ def teacher_loss(
         ids: [B, L].
         mask: [B, L], 0 on source positions.
         t: [B].
-        noise: standard normal draws [B, L, d] of the forward process.
-        embedding_noise: standard normal draws [B, L, d] of the embedding step; read only if
-            `config.embedding_noise`.
+        noise: standard normal draws [B, L, d] of the forward process, or their counters.
+        embedding_noise: the same for the embedding step; read only if `config.embedding_noise`.
 
     Returns:
         `mse`, `nll` and `loss`, each [B].
@@ -45,7 +44,7 @@ def teacher_loss(
     x_mean = model.tokens(ids)
     x_start = x_mean
     if config.embedding_noise:
-        x_start = x_mean + schedule.at("sigma", torch.zeros_like(t)) * embedding_noise
+        x_start = schedule.embedding_noise(x_mean, embedding_noise)
     x_t = schedule.q_sample(x_start, t, noise, mask)
     x0 = model(x_t, schedule.network_time(t))
     mse = _mse(config, x0, x_start, x_mean, mask, t)
@@ -66,11 +65,13 @@ def teacher_loss(
 
 def token_nll(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy [B] of decoding h [B, L, d] to ids [B, L] where mask [B, L] is not 0."""
-    wanted = mask != 0
-    losses = F.cross_entropy(tokens.logits(h[wanted]).float(), ids[wanted], reduction="none")
-    rows = wanted.nonzero()[:, 0]
-    total = torch.zeros(len(ids), device=h.device).index_add_(0, rows, losses)
-    return total / wanted.sum(1).clamp(min=1)
+    table = tokens.table()
+    if torch.is_autocast_enabled(h.device.type):
+        # A custom operation computes in the dtypes it is given.
+        dtype = torch.get_autocast_dtype(h.device.type)
+        h, table = h.to(dtype), table.to(dtype)
+    losses = linear_cross_entropy(h, table, ids, tokens.bias, mask=mask)
+    return losses.sum(1) / (mask != 0).sum(1).clamp(min=1)
 
 
 def _nll(tokens: TokenEmbedding, x0: Tensor, ids: Tensor, mask: Tensor, optimised: bool) -> Tensor:

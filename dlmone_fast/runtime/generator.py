@@ -19,7 +19,7 @@ from dlmone_fast.errors import TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
 from dlmone_fast.evaluation.protocol import CandidateBatch
-from dlmone_fast.kernels.nearest_token import nearest_token
+from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
 from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.folder import ModelFolder, copy_folder
@@ -76,6 +76,7 @@ class Generator:
         self._tokenizer = tokenizer
         # The table is frozen here: normalising it once a load instead of once a call.
         self._table = denoiser.embedding.detach()
+        self._vocabulary = Vocabulary(self._table)
 
     @property
     def task(self) -> str:
@@ -312,10 +313,10 @@ class Generator:
             def alone(row: int) -> Tensor:
                 return self._generate_ids(rows.part(row, row + 1), settings)[0]
 
-            found, _ = round_canonically(x0, target, self._table, alone)
+            found, _ = round_canonically(x0, target, self._vocabulary, alone)
             return torch.where(target, found, ids)
         found = torch.zeros_like(ids)
-        found[target] = nearest_token(x0[target], self._table)
+        found[target] = nearest_token(x0[target], self._vocabulary)
         return torch.where(target, found, ids)
 
     def _has_canonical_ids(self, settings: GenerationSettings) -> bool:
@@ -345,7 +346,7 @@ class Generator:
         )
 
     def _round_to_embedding(self, x: Tensor) -> Tensor:
-        return self._table[nearest_token(x, self._table)]
+        return self._table[nearest_token(x, self._vocabulary)]
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         if self.precision == "fp32":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels.nearest_token import nearest_token_with_margin
+from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token_with_margin
 
 THRESHOLD = 1e-3
 """Smallest margin that counts as clear, as a fraction of the mean squared embedding norm.
@@ -25,24 +25,24 @@ the threshold in 1 row of 2,000."""
 
 
 def round_canonically(
-    x0: Tensor, target: Tensor, table: Tensor, alone: Callable[[int], Tensor]
+    x0: Tensor, target: Tensor, vocabulary: Vocabulary, alone: Callable[[int], Tensor]
 ) -> tuple[Tensor, int]:
     """The nearest ids of target positions, as if every row had been computed alone.
 
     Args:
         x0: network outputs [B, L, d] of a batch.
         target: [B, L], true on target positions; others get id 0.
-        table: embeddings [V, d].
+        vocabulary: the embeddings [V, d].
         alone: row → its ids [L], computed in a batch of one.
 
     Returns:
         Ids [B, L], and how many rows were computed again.
     """
     ids = torch.zeros(target.shape, dtype=torch.int64, device=x0.device)
-    ids[target], margin = nearest_token_with_margin(x0[target], table)
+    ids[target], margin = nearest_token_with_margin(x0[target], vocabulary)
     unclear = torch.zeros_like(target)
     # Written so that NaN counts as unclear.
-    unclear[target] = ~(margin > THRESHOLD * table.square().sum(-1).mean())
+    unclear[target] = ~(margin > THRESHOLD * vocabulary.table.square().sum(-1).mean())
     rows = unclear.any(1).nonzero().squeeze(-1).tolist()
     for row in rows:
         ids[row] = alone(row)

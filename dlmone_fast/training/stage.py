@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dlmone_fast.config import DistillConfig, StageConfig
 from dlmone_fast.data.batches import BatchStream, batch
-from dlmone_fast.diffusion.schedule import keep_source
+from dlmone_fast.diffusion import Draw
+from dlmone_fast.kernels.distillation_loss import distillation_loss, weight_floor
 from dlmone_fast.kernels.noise import Stream, normal, uniform_integers
 from dlmone_fast.losses.adversarial import discriminator_loss, generator_adversarial_loss
-from dlmone_fast.losses.distillation import score_matching_loss, sid_loss, sid_weight
+from dlmone_fast.losses.distillation import score_matching_loss
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.networks import Backbone, ScoreEstimator
 from dlmone_fast.samplers.one_step import generate_embeddings
@@ -33,17 +35,23 @@ _HELD_OUT_STEP = 1 << 31
 
 @dataclass(frozen=True)
 class Conditions:
-    """A micro-batch of training rows: ids, mask, clean embeddings, and places in the batch."""
+    """A micro-batch of training rows: ids, mask, the embedding table, and places in the batch."""
 
     ids: Tensor
     mask: Tensor
-    embeddings: Tensor
+    table: Tensor
     slots: Tensor
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """The clean embeddings [B, L, d]."""
+        return self.table[self.ids]
 
 
 @dataclass(frozen=True)
 class GeneratorTerms:
-    """Weighted losses [B] of θ at generated x [B, L, d], its mask, and SiD's denominator [B]."""
+    """Each row's share [B] of the batch's weighted mean losses of θ, at generated x [B, L, d]; the
+    mask of x, and SiD's denominator [B]."""
 
     sid: Tensor
     adversarial: Tensor
@@ -89,8 +97,7 @@ class Stage:
         )
         # Frozen during distillation: normalised once.
         self.table = teacher.embedding.detach()
-        rms = float(self.table.square().mean().sqrt())
-        self.weight_floor = max(1e-5, config.weight_floor * rms)
+        self.weight_floor = weight_floor(config.weight_floor, self.table)
 
     def update_score(self, step: int, of_steps: int) -> dict[str, float]:
         """One ψ update: denoising score matching on generated text, and the discriminator."""
@@ -131,12 +138,13 @@ class Stage:
             at = self._generator_losses(step, part)
             terms = {"sid": at.sid, "adversarial": at.adversarial}
             if diagnose and index == 0:
-                values.update(gradient_norms(terms, at.x, at.mask))
-            loss = (at.sid + at.adversarial).sum() / c.batch_size
+                rows = {name: share * c.batch_size for name, share in terms.items()}
+                values.update(gradient_norms(rows, at.x, at.mask))
+            loss = (at.sid + at.adversarial).sum()
             loss.backward()
             total += loss.detach()
             for name, term in terms.items():
-                values[name] = values.get(name, 0.0) + float(term.detach().sum()) / c.batch_size
+                values[name] = values.get(name, 0.0) + float(term.detach().sum())
             spread = float(at.weight.median() / at.weight.min())
             values["weight_max_over_median"] = max(values.get("weight_max_over_median", 0), spread)
         norm = self.guard.apply(
@@ -186,16 +194,19 @@ class Stage:
             if not self.config.score_adversarial_weight:
                 return dsm, torch.zeros_like(dsm)
             real = self._conditions(self.real_rows, step, slots)
-            x_real = self._with_embedding_noise(
-                real.embeddings, real, step, Stream.REAL_EMBEDDING_NOISE
-            )
-            noise = self._draw(Stream.SCORE_REAL_NOISE, step, slots)
-            _, real_logits = self.score(self.schedule.q_sample(x_real, t, noise, real.mask), time)
+            _, real_logits = self.score(self._noised_text(real, t, step), time)
         self.accuracy.add(t, real_logits, real.mask, fake_logits, fake.mask)
         clamp = self.shared.logit_clamp
         scale = self.config.adversarial_scale
         loss = discriminator_loss(real_logits, real.mask, fake_logits, fake.mask, clamp)
         return dsm, scale * loss
+
+    def _noised_text(self, real: Conditions, t: Tensor, step: int) -> Tensor:
+        noise = self._draw(Stream.SCORE_REAL_NOISE, step, real.slots)
+        if not self.shared.embedding_noise:
+            return self.schedule.q_sample_of_tokens(real.ids, real.table, t, noise, real.mask)
+        x = self._with_embedding_noise(real.embeddings, real, step, Stream.REAL_EMBEDDING_NOISE)
+        return self.schedule.q_sample(x, t, noise, real.mask)
 
     def _generator_losses(self, step: int, slots: Tensor) -> GeneratorTerms:
         c = self.config
@@ -206,17 +217,20 @@ class Stage:
         x_noised = self._with_embedding_noise(x, given, step, Stream.GENERATOR_EMBEDDING_NOISE)
         x_t = self.schedule.q_sample(x_noised, t, noise, given.mask)
         with autocast(self.workspace):
-            x0_teacher = self.teacher(x_t, t)
+            x0_teacher = self.teacher(x_t.detach() if c.form == "kl" else x_t, t)
             x0_score, logits = self.score(x_t, self.schedule.network_time(t))
-        weight = sid_weight(x, x0_teacher, given.mask, self.weight_floor)
-        sid = sid_loss(x, x0_teacher, x0_score, given.mask, c.mu, weight)
-        sid = c.sid_weight * c.sid_scale * sid
+        sid, weight = distillation_loss(
+            x, x0_teacher, x0_score, given.mask,
+            form=c.form, mu=c.mu, weight_floor=self.weight_floor,
+            multiplier=c.sid_weight * c.sid_scale / c.batch_size,
+        )  # fmt: skip
         if not c.generator_adversarial_weight or step < c.adversarial_warmup_steps:
             return GeneratorTerms(sid, torch.zeros_like(sid), x, given.mask, weight)
         adversarial = generator_adversarial_loss(logits, given.mask, self.shared.logit_clamp)
         if self.shared.divide_by_weight:
             adversarial = adversarial / weight
-        adversarial = c.generator_adversarial_weight * c.adversarial_scale * adversarial
+        scale = c.generator_adversarial_weight * c.adversarial_scale / c.batch_size
+        adversarial = scale * adversarial
         return GeneratorTerms(sid, adversarial, x, given.mask, weight)
 
     def _generate(self, given: Conditions, step: int, stream: Stream) -> Tensor:
@@ -227,6 +241,8 @@ class Stage:
                 x0: Tensor = self.generator(x, self.schedule.network_time(t))
                 return x0
 
+        length, width = given.embeddings.shape[1:]
+        device = self.workspace.device
         return generate_embeddings(
             predict,
             self.schedule,
@@ -234,7 +250,7 @@ class Stage:
             1,
             given.embeddings,
             given.mask,
-            lambda _: self._draw(stream, step, given.slots),
+            lambda _: normal(self.seed, stream, given.slots, step, length, width, device),
             self.shared.scale_latent,
         )
 
@@ -243,9 +259,7 @@ class Stage:
     ) -> Tensor:
         if not self.shared.embedding_noise:
             return x
-        sigma = self.schedule.table("sigma", x.device)[0]
-        noisy = x + sigma * self._draw(stream, step, given.slots)
-        return keep_source(noisy, given.embeddings, given.mask)
+        return self.schedule.embedding_noise(x, self._draw(stream, step, given.slots), given.mask)
 
     def _micro_batches(self) -> list[Tensor]:
         c = self.config
@@ -256,12 +270,10 @@ class Stage:
         length = self.teacher.config.seq_len
         ids, mask = batch(self.cache, rows, length, self.workspace.tokenizer)
         ids, mask = ids.to(self.workspace.device), mask.to(self.workspace.device)
-        return Conditions(ids, mask, self.table[ids], slots)
+        return Conditions(ids, mask, self.table, slots)
 
-    def _draw(self, stream: Stream, step: int, slots: Tensor) -> Tensor:
-        config, device = self.teacher.config, self.workspace.device
-        shape = (config.seq_len, config.embedding_dim)
-        return normal(self.seed, stream, slots, step, *shape, device=device)
+    def _draw(self, stream: Stream, step: int, slots: Tensor) -> Draw:
+        return Draw(self.seed, stream, slots, step)
 
     def _draw_t(self, stream: Stream, step: int, slots: Tensor) -> Tensor:
         low, high = self.shared.t_min, self.shared.t_max

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.data.batches import BatchStream, batch
-from dlmone_fast.diffusion import LossAwareTimesteps, Schedule, TimestepSampler, UniformTimesteps
-from dlmone_fast.kernels.noise import Stream, normal
+from dlmone_fast.diffusion import (
+    Draw,
+    LossAwareTimesteps,
+    Schedule,
+    TimestepSampler,
+    UniformTimesteps,
+)
+from dlmone_fast.kernels.noise import Stream
 from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.checkpoint import Checkpoint
 from dlmone_fast.models.denoiser import Denoiser
@@ -85,11 +91,8 @@ class TeacherPhase:
         device = self.workspace.device
         ids, mask = batch(self.cache, rows, self.lm.config.seq_len, self.workspace.tokenizer)
         ids, mask, t = ids.to(device), mask.to(device), t.to(device)
-        shape = (ids.shape[1], self.lm.config.embedding_dim)
-        noise = normal(self.seed, Stream.TEACHER_NOISE, slots, step, *shape, device=device)
-        start = noise
-        if self.config.embedding_noise:
-            start = normal(self.seed, Stream.EMBEDDING_NOISE, slots, step, *shape, device=device)
+        noise = Draw(self.seed, Stream.TEACHER_NOISE, slots, step)
+        start = Draw(self.seed, Stream.EMBEDDING_NOISE, slots, step)
         with autocast(self.workspace):
             return teacher_loss(self.lm, self.schedule, self.config, ids, mask, t, noise, start)
 

@@ -10,9 +10,11 @@ import torch
 from dlmone_fast.config import TeacherConfig
 from dlmone_fast.data.batches import batch, batches_in_order
 from dlmone_fast.data.rows import load_rows
+from dlmone_fast.diffusion import Draw
 from dlmone_fast.evaluation.scores import score_generations
 from dlmone_fast.evaluation.seeds import row_seeds
-from dlmone_fast.kernels.noise import Stream, normal, uniform_integers
+from dlmone_fast.kernels.noise import Stream, uniform_integers
+from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
@@ -125,13 +127,12 @@ def validation_loss(
     for rows in batches_in_order(count, config.micro_batch_size):
         ids, mask = batch(cache, rows, denoiser.config.seq_len, workspace.tokenizer)
         slots = torch.from_numpy(rows)
-        shape = (ids.shape[1], denoiser.config.embedding_dim)
         draw = (seed, Stream.EVALUATION, slots)
         t = uniform_integers(*draw, 0, 0, denoiser.schedule.num_timesteps).to(device)
-        noise = normal(*draw, 1, *shape, device=device)
-        start = normal(*draw, 2, *shape, device=device)
-        terms = denoiser.loss(
-            ids.to(device), mask.to(device), t, embedding_noise=start, noise=noise, config=config
+        noise, start = Draw(*draw, 1), Draw(*draw, 2)
+        ids, mask = ids.to(device), mask.to(device)
+        terms = teacher_loss(
+            denoiser.lm, denoiser.schedule, config, ids.long(), mask, t, noise, start
         )
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())

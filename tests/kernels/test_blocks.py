@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import reference
+from dlmone_fast.kernels import blocks, reference
 from dlmone_fast.kernels.blocks import add_layer_norm, bias_gelu, bias_tanh, input_layer_norm
 from dlmone_fast.kernels.triton import support
 from dlmone_fast.networks.layers import LAYER_NORM_EPS
@@ -278,6 +278,18 @@ def test_compiles_as_one_graph(backend: str, device: torch.device) -> None:
     compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
     for a, b in zip(chain(x, residual), compiled(x, residual), strict=True):
         assert torch.equal(a, b)
+
+
+def test_operators_do_what_their_traces_say(backend: str, device: torch.device) -> None:
+    x, checks = random(3, 2, 8).to(device).transpose(0, 1), ("test_schema", "test_faketensor")
+    weight, bias = norm_arguments(8, device)
+    for wanted in (True, False):
+        arguments = (x, x.clone(), weight, bias, EPS, wanted, backend)
+        torch.library.opcheck(blocks._add_layer_norm, arguments, test_utils=checks)
+    entered = (x, x[0].clone(), x[:, 0].clone(), weight, bias, EPS, backend)
+    torch.library.opcheck(blocks._input_layer_norm, entered, test_utils=checks)
+    for op in (blocks.BIAS_GELU, blocks.BIAS_TANH):
+        torch.library.opcheck(blocks._bias_activation, (op, x, bias, backend), test_utils=checks)
 
 
 def test_a_gradient_is_refused_and_no_grad_is_the_way_out(

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels import dispatch, reference
-from dlmone_fast.kernels import linear_cross_entropy as module
+from dlmone_fast.kernels import linear_cross_entropy_torch as tiles
 from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from dlmone_fast.kernels.triton import support
 from tests.kernels.tolerances import assert_matches
 
-# The torch backend keeps a small problem's softmax; "tiles" is how it treats a large one.
-VARIANTS = ("torch", "tiles", "triton")
+# The torch backend by the size of the problem: the plain formula, then "kept", then "tiles".
+VARIANTS = ("torch", "kept", "tiles", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -26,10 +26,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def backend(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> str:
+    if request.param in ("kept", "tiles"):
+        monkeypatch.setattr(tiles, "PLAIN_LOGITS", 0)
+    if request.param == "kept":
+        return "torch"
     if request.param == "tiles":
-        monkeypatch.setattr(module, "_KEPT_LOGITS", 0)
-        monkeypatch.setattr(module, "_TILE_TOKENS", 48)
-        monkeypatch.setattr(module, "_TILE_LOGITS", 48 * 70)
+        monkeypatch.setattr(tiles, "_KEPT_LOGITS", 0)
+        monkeypatch.setattr(tiles, "_TILE_TOKENS", 48)
+        monkeypatch.setattr(tiles, "_TILE_LOGITS", 48 * 70)
         return "torch"
     if request.param == "triton":
         needs_triton(device)
@@ -326,7 +330,8 @@ def test_autocast_leaves_fp32_inputs_in_fp32(backend: str, device: torch.device)
     expected = case.run(backend)
     with torch.autocast(device.type, torch.bfloat16):
         actual = case.run(backend)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    for got, true in zip(actual, expected, strict=True):
+        assert_matches(got, true)
 
 
 def test_a_forced_backend_reaches_the_backward_pass(device: torch.device):
@@ -340,7 +345,8 @@ def test_a_forced_backend_reaches_the_backward_pass(device: torch.device):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_compiles_to_one_graph(device: torch.device, name: str):
+def test_compiles_to_one_graph(device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiles, "PLAIN_LOGITS", 0)
     if name == "triton":
         needs_triton(device)
     case = Case(24, 40, 8, torch.float32, device)
@@ -351,11 +357,11 @@ def test_compiles_to_one_graph(device: torch.device, name: str):
 
     compiled = torch.compile(losses, backend="aot_eager", fullgraph=True)
     found, expected = compiled(*case.leaves()), losses(*case.leaves())
-    assert torch.equal(found, expected)
+    assert_matches(found.detach(), expected.detach())
     for a, b in zip(torch.autograd.grad(found, case.leaves(), case.gradient),
                     torch.autograd.grad(expected, case.leaves(), case.gradient),
                     strict=True):  # fmt: skip
-        assert torch.equal(a, b)
+        assert_matches(a, b)
 
 
 class Allocations(TorchDispatchMode):
@@ -383,11 +389,11 @@ def test_the_torch_backend_holds_a_tile_of_logits():
     case = Case(n, v, d, torch.float32, torch.device("cpu"))
     h, e, b = (t.detach() for t in case.leaves())
     with Allocations() as allocations:
-        forward = module._torch(h, e, b, case.targets, case.mask, True)
-        module._torch_backward(case.upstream(), h, e, b, case.targets, case.mask, *forward[1:],
+        forward = tiles.run(h, e, b, case.targets, case.mask, True)
+        tiles.run_backward(case.upstream(), h, e, b, case.targets, case.mask, *forward[1:],
                                True, True, True)  # fmt: skip
-    assert max(allocations.sizes) <= 4 * module._TILE_LOGITS
-    assert 4 * n * v >= 4 * module._TILE_LOGITS * 16
+    assert max(allocations.sizes) <= 4 * tiles._TILE_LOGITS
+    assert 4 * n * v >= 4 * tiles._TILE_LOGITS * 16
 
 
 @pytest.fixture

@@ -7,14 +7,25 @@ from torch import Tensor
 from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels import dispatch, native, reference
 from dlmone_fast.kernels.nearest_token import (
+    Vocabulary,
     _cpp,
     _cpp_with_margin,
     nearest_token,
     nearest_token_with_margin,
 )
 
-PATHS = ("avx512", "avx2", "portable")
+# The paths of the native backend, on a table packed once ("/packed") and at every call.
+PATHS = ("avx512_vnni/packed", "avx512/packed", "avx512", "avx2/packed", "avx2",
+         "portable/packed", "portable")  # fmt: skip
 BACKENDS = ("torch", *PATHS)
+
+
+def native_path(parameter: str) -> tuple[str, bool]:
+    """The path and whether its table is used once; skips where this machine lacks the path."""
+    path, _, packed = parameter.partition("/")
+    if path not in native.cpu_paths():
+        pytest.skip(f"no native path {path} here: {native.why_missing() or 'other CPU'}")
+    return path, not packed
 
 
 @pytest.fixture(params=BACKENDS)
@@ -22,12 +33,11 @@ def nearest(request: pytest.FixtureRequest):
     """nearest_token on each backend, and on each instruction set of the native one."""
     if request.param == "torch":
         return lambda x, e: nearest_token(x, e, kernel_backend="torch")
-    if request.param not in native.cpu_paths():
-        pytest.skip(f"no native path {request.param} here: {native.why_missing() or 'other CPU'}")
+    path, transient = native_path(request.param)
 
     def on_path(x: Tensor, e: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        return _cpp(rows, e.float(), request.param).view(x.shape[:-1])
+        vocabulary = Vocabulary(e, transient=transient)
+        return _cpp(x.reshape(-1, x.shape[-1]), vocabulary, path).view(x.shape[:-1])
 
     return on_path
 
@@ -37,9 +47,8 @@ def with_margin(request: pytest.FixtureRequest):
     """nearest_token_with_margin on each backend and instruction set."""
     if request.param == "torch":
         return lambda x, e: nearest_token_with_margin(x, e, kernel_backend="torch")
-    if request.param not in native.cpu_paths():
-        pytest.skip(f"no native path {request.param} here: {native.why_missing() or 'other CPU'}")
-    return lambda x, e: _cpp_with_margin(x, e, request.param)
+    path, transient = native_path(request.param)
+    return lambda x, e: _cpp_with_margin(x, Vocabulary(e, transient=transient), path)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -118,11 +127,42 @@ def test_near_ties_that_fp32_cannot_order(nearest, scale: float):
     assert torch.equal(nearest(x, e), expected)
 
 
+def test_a_table_that_8_bits_cannot_tell_apart(nearest):
+    # More panels stay open than a coarse search waits for: fp32 decides these tokens.
+    e = random(1, 40) + 1e-3 * random(5000, 40, seed=1)
+    x = torch.cat([e[::500] + 1e-4 * random(10, 40, seed=2), 3 * random(3, 40, seed=3)])
+    assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+
+
+@pytest.mark.parametrize("size", [50.0, 3e7])
+def test_outliers_that_take_all_of_an_integer(nearest, size: float):
+    # One channel fills the 8 bits and leaves nothing for the others.
+    x, e = random(70, 30), random(900, 30, seed=1)
+    e[::7, 3] = x[::5, 3] = size
+    x[1, :], e[5, :] = 0.0, 0.0
+    e[6, 1:], x[3, 1:] = 0.0, 0.0
+    assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+
+
+def test_one_row_and_one_token_beyond_the_range_of_the_search(nearest):
+    x, e = random(30, 12), random(200, 12, seed=1)
+    e[17] *= 1e25
+    x[4] *= 1e25
+    x[9] *= 1e-25
+    assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-22, 1e18, 1e30])
 def test_extreme_magnitudes(nearest, magnitude: float):
     # The squares of these leave fp32's range; fp64 still orders them.
     x, e = random(11, 10) * magnitude, random(150, 10, seed=1) * magnitude
     assert torch.equal(nearest(x, e), reference.nearest_token(x, e))
+
+
+def test_lowest_id_wins_where_fp64_sees_no_difference(nearest):
+    x, e = random(12, 10), random(200, 10, seed=1)
+    for scale in (1e7, 1e9, 1e11, 1e16):
+        assert torch.equal(nearest(scale * x, e), reference.nearest_token(scale * x, e))
 
 
 def test_non_finite_values_never_win(nearest):
@@ -185,6 +225,14 @@ def test_margin_keeps_the_leading_shape():
     assert nearest_token_with_margin(random(0, 12), random(50, 12))[1].shape == (0,)
 
 
+def test_margins_of_a_table_that_8_bits_cannot_tell_apart(with_margin):
+    e = random(1, 24) + 1e-3 * random(4500, 24, seed=1)
+    x = e[::900] + 1e-4 * random(5, 24, seed=2)
+    ids, margin = with_margin(x, e)
+    assert torch.equal(ids, reference.nearest_token(x, e))
+    torch.testing.assert_close(margin.double(), reference.margin(x, e), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_rounded_exactly(dtype: torch.dtype):
     x, e = random(50, 48).to(dtype), random(333, 48, seed=1).to(dtype)
@@ -235,7 +283,7 @@ def test_forcing_the_native_backend_without_it_is_refused(monkeypatch: pytest.Mo
     assert nearest_token(x, e).shape == (2,)
     with (
         dispatch.force_backend("cpp"),
-        pytest.raises(BackendUnavailableError, match=r"it was left out.*Available here: torch"),
+        pytest.raises(BackendUnavailableError, match=r"it was left out.*Available here: .*torch"),
     ):
         nearest_token(x, e)
 
@@ -255,6 +303,7 @@ def test_forcing_the_native_backend_without_it_is_refused(monkeypatch: pytest.Mo
         ({"e_stride": 1 << 62}, "address space"),
         ({"threads": 0}, "threads must lie in"),
         ({"path": "mmx"}, "no path 'mmx'"),
+        ({"packed": 32}, "packed is not aligned to 64 bytes"),
     ],
 )
 def test_the_native_side_refuses_what_it_cannot_read(change: dict, message: str):
@@ -275,18 +324,57 @@ def test_the_native_side_refuses_what_it_cannot_read(change: dict, message: str)
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packed": 0}, "packed has the wrong size"),
+        ({"packed": 32}, "packed is not aligned"),
+        ({"bytes": 64}, "packed has the wrong size"),
+        ({"v": 0}, "vocabulary is empty"),
+        ({"d": 0}, "d must lie in"),
+        ({"embedding": 0}, "embedding is a null pointer"),
+        ({"threads": 0}, "threads must lie in"),
+        ({"path": "mmx"}, "no path 'mmx'"),
+    ],
+)
+def test_packing_refuses_what_it_cannot_read(change: dict, message: str):
+    e = random(5, 4)
+    packed = torch.empty(native.module().packed_bytes(5, 4, "portable"), dtype=torch.uint8)
+    arguments = {
+        "embedding": e.data_ptr(),
+        "v": 5,
+        "e_stride": 4,
+        "d": 4,
+        "threads": 1,
+        "path": "portable",
+        "packed": packed.data_ptr(),
+        "bytes": len(packed),
+    }
+    with pytest.raises(ValueError, match=message):
+        native.module().pack_vocabulary(**{**arguments, **change})
+
+
+@pytest.mark.skipif("avx512_vnni" not in native.cpu_paths(), reason="this CPU has no VNNI")
+def test_the_integer_path_refuses_a_table_that_is_not_packed():
+    with pytest.raises(ValueError, match="needs a packed table"):
+        _cpp(random(2, 4), Vocabulary(random(5, 4), transient=True), "avx512_vnni")
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
 def test_the_number_of_threads_does_not_change_the_result():
     x, e = random(300, 24), random(200, 24, seed=1)
+    vocabulary = Vocabulary(e)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             results.append(nearest_token(x, e, kernel_backend="cpp"))
+            vocabulary.forget()
+            results.append(nearest_token(x, vocabulary, kernel_backend="cpp"))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], other) for other in results)
 
 
 def available_backends() -> list[str]:

@@ -6,16 +6,46 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmone_fast.errors import UsageError
+from dlmone_fast.errors import BackendUnavailableError, UsageError
+from dlmone_fast.kernels import dispatch, native, reference
 from dlmone_fast.kernels.noise import (
     Stream,
+    _cpp,
+    _cpp_words,
+    draws_of,
     normal,
+    normal_of_draws,
     permutation,
     philox_4x32,
     random_bits,
     uniform_integers,
+    words_of_draws,
 )
 from dlmone_fast.kernels.philox import box_muller
+
+PATHS = ("avx512", "avx2", "portable")
+BACKENDS = ("torch", "cpp", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that runs here."""
+    return usable_or_skip(request.param)
+
+
+def usable_or_skip(name: str) -> str:
+    if name == "cpp" and not native.is_available():
+        pytest.skip(f"native: {native.why_missing()}")
+    if name == "triton":
+        pytest.importorskip("triton")
+    return name
+
+
+def path_or_skip(path: str) -> str:
+    if path not in native.cpu_paths():
+        pytest.skip(f"no native path {path} here: {native.why_missing() or 'other CPU'}")
+    return path
+
 
 # Known answers published with Random123 (Salmon et al., SC 2011), philox4x32-10:
 # counter, key, result.
@@ -57,6 +87,101 @@ def test_published_known_answers(counter, key, expected):
     assert philox_by_hand(key[0] + (key[1] << 32), *counter) == expected
 
 
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_published_known_answers_on_every_backend(backend, device, counter, key, expected):
+    draws = torch.tensor([[*key, counter[1], counter[2]]] * 2, device=where(backend, device))
+    words = words_of_draws(draws, counter[0], 1, first=counter[3], kernel_backend=backend)
+    assert words.tolist() == [[list(expected)]] * 2
+
+
+def where(backend: str, device: torch.device) -> torch.device:
+    return torch.device("cpu") if backend == "cpp" else device
+
+
+def some_draws(rows: int) -> Tensor:
+    draws = torch.randint(2**32, (rows, 4), generator=torch.Generator().manual_seed(rows))
+    draws[0] = torch.tensor([0, 2**32 - 1, 2**32 - 1, 2**31])
+    return draws
+
+
+@pytest.mark.parametrize(
+    ("stream", "first", "count"), [(0, 0, 700), (2**32 - 1, 2**31 - 3, 7), (1, 2**32 - 65, 65)]
+)
+def test_words_are_the_same_on_every_backend(backend, device, stream: int, first: int, count: int):
+    draws = some_draws(3)
+    expected = reference.philox_words(draws, stream, first, count)
+    assert expected[2, -1].tolist() == list(
+        philox_by_hand(
+            int(draws[2, 0]) + (int(draws[2, 1]) << 32),
+            stream,
+            int(draws[2, 2]),
+            int(draws[2, 3]),
+            first + count - 1,
+        )
+    )
+    there = draws.to(where(backend, device))
+    words = words_of_draws(there, stream, count, first, kernel_backend=backend)
+    assert torch.equal(words.cpu(), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_words_and_normals_are_the_same_on_every_instruction_set(path: str):
+    path_or_skip(path)
+    draws = some_draws(5)
+    assert torch.equal(
+        _cpp_words(draws, 7, 2**32 - 200, 200, path),
+        reference.philox_words(draws, 7, 2**32 - 200, 200),
+    )
+    for positions, channels in ((1, 1), (70, 3), (67, 128), (3, 4098)):
+        found = _cpp(draws, 7, positions, channels, path)
+        assert same_bits(found, _cpp(draws, 7, positions, channels, "portable"))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality that tells 0 from -0."""
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize(("positions", "channels"), [(1, 1), (5, 7), (33, 128), (2, 131), (9, 32)])
+def test_normals_match_the_fp64_reference(backend, device, positions: int, channels: int):
+    draws = some_draws(3)
+    exact = reference.normal(draws, 3, positions, channels)
+    there = draws.to(where(backend, device))
+    noise = normal_of_draws(there, 3, positions, channels, kernel_backend=backend).cpu()
+    assert noise.shape == (3, positions, channels)
+    assert noise.is_contiguous()
+    # fp64 rounded once to fp32, or evaluated in fp32: see the docstring of the module.
+    relative, absolute = (0.0, 1e-6) if backend == "triton" else (2.0**-24 * 1.000001, 1e-15)
+    error = (noise.double() - exact).abs()
+    assert bool((error <= relative * exact.abs() + absolute).all()), float(error.max())
+
+
+def test_the_native_normals_are_torch_s_but_for_the_last_bit_of_a_few():
+    usable_or_skip("cpp")
+    rows = list(range(20))
+    ours = normal(9, Stream.EVALUATION, rows, 0, 1024, 128, kernel_backend="cpp")
+    torchs = normal(9, Stream.EVALUATION, rows, 0, 1024, 128, kernel_backend="torch")
+    different = ours != torchs
+    assert different.sum() <= 1e-5 * ours.numel()
+    ulps = (ours.view(torch.int32).long() - torchs.view(torch.int32).long()).abs()
+    # At exact quarter turns one of the two is 0 here and the rounding of pi there.
+    assert bool(((ulps <= 1) | ((ours - torchs).abs() < 1e-15)).all())
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    usable_or_skip("cpp")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(normal(1, 0, [5, 6, 7], 2, 97, 130, kernel_backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
 def test_packing_of_seed_stream_sample_step_and_position():
     seed, sample, step = 0xFEDCBA9876543210, 2**32 - 1, 2**32 - 2
     for index in (0, 1, 6, 4 * 2**32 - 1):
@@ -84,9 +209,12 @@ def box_muller_by_hand(words: tuple[int, ...]) -> list[float]:
 
 
 @pytest.mark.parametrize("channels", [1, 4, 7, 128])
-def test_normals_follow_the_packing(channels: int):
+def test_normals_follow_the_packing(backend, device, channels: int):
     seeds, samples, steps = [2**64 - 1, 12345], [0, 9], [3, 2**32 - 1]
-    noise = normal(seeds, Stream.GENERATION, samples, steps, 5, channels)
+    noise = normal(
+        seeds, Stream.GENERATION, samples, steps, 5, channels,
+        device=where(backend, device), kernel_backend=backend,
+    ).cpu()  # fmt: skip
     assert noise.shape == (2, 5, channels)
     assert noise.dtype == torch.float32
     blocks = -(-channels // 4)
@@ -95,7 +223,7 @@ def test_normals_follow_the_packing(channels: int):
         words = philox_by_hand(seeds[row], Stream.GENERATION, samples[row], steps[row], c3)
         expected = torch.tensor(box_muller_by_hand(words))
         got = noise[row, position, 4 * block : 4 * block + 4]
-        torch.testing.assert_close(got, expected[: len(got)], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got, expected[: len(got)], rtol=1e-6, atol=1e-6)
 
 
 def test_the_ends_of_the_word_range_give_finite_normals():
@@ -109,20 +237,27 @@ def test_the_ends_of_the_word_range_give_finite_normals():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 30), (64, 128)])
-def test_a_row_does_not_depend_on_its_companions(shape: tuple[int, int]):
-    samples = torch.arange(37)
-    seeds = [7 * i for i in range(37)]
-    batch = normal(seeds, Stream.GENERATION, samples, 2, *shape)
-    for row in (0, 1, 18, 36):
-        alone = normal(seeds[row], Stream.GENERATION, row, 2, *shape)
-        assert torch.equal(alone[0], batch[row])
-    flipped = normal(seeds[::-1], Stream.GENERATION, samples.flip(0), 2, *shape)
-    assert torch.equal(flipped.flip(0), batch)
+def test_a_row_does_not_depend_on_its_companions(backend, device, shape: tuple[int, int]):
+    # An interpreted program takes a while; rows and tiles differ in nothing but their numbers.
+    rows = 3 if backend == "triton" else 37
+    shape = (min(shape[0], 9), shape[1]) if backend == "triton" else shape
+    samples = torch.arange(rows)
+    seeds = [7 * i for i in range(rows)]
+
+    def noise(seed, sample) -> Tensor:
+        made = where(backend, device)
+        return normal(seed, Stream.GENERATION, sample, 2, *shape, made, kernel_backend=backend)
+
+    batch = noise(seeds, samples)
+    for row in {0, rows // 2, rows - 1}:
+        assert same_bits(noise(seeds[row], row)[0], batch[row])
+    assert same_bits(noise(seeds[::-1], samples.flip(0)).flip(0), batch)
 
 
 def test_a_long_batch_is_made_in_passes_without_seams():
-    whole = normal(1, 0, list(range(70)), 0, 128, 64)
-    assert torch.equal(whole[33:36], normal(1, 0, [33, 34, 35], 0, 128, 64))
+    whole = normal(1, 0, list(range(70)), 0, 128, 64, kernel_backend="torch")
+    part = normal(1, 0, [33, 34, 35], 0, 128, 64, kernel_backend="torch")
+    assert torch.equal(whole[33:36], part)
 
 
 def kolmogorov_smirnov(values: Tensor) -> float:
@@ -132,8 +267,11 @@ def kolmogorov_smirnov(values: Tensor) -> float:
     return (expected - steps).abs().max().item()
 
 
-def test_normals_are_standard_and_uncorrelated():
-    noise = normal(2024, Stream.TEACHER_NOISE, list(range(32)), 0, 64, 128).double()
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+def test_normals_are_standard_and_uncorrelated(name: str):
+    rows = list(range(32))
+    backend = usable_or_skip(name)
+    noise = normal(2024, Stream.TEACHER_NOISE, rows, 0, 64, 128, kernel_backend=backend).double()
     count = noise.numel()
     assert abs(noise.mean().item()) < 4 / math.sqrt(count)
     assert abs(noise.var().item() - 1) < 4 * math.sqrt(2 / count)
@@ -223,6 +361,84 @@ def test_integer_range_refusals():
         permutation(0, 0, 0, -1)
 
 
-def test_empty_shapes():
-    assert normal(0, 0, [], 0, 3, 4).shape == (0, 3, 4)
-    assert normal(0, 0, [1, 2], 0, 0, 4).shape == (2, 0, 4)
+def test_low_level_refusals():
+    draws = draws_of(1, 2, 3, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"draws must be int64 \[B, 4\].*draws_of"):
+        normal_of_draws(draws.int(), 0, 1, 1)
+    with pytest.raises(UsageError, match=r"draws must be int64 \[B, 4\]"):
+        words_of_draws(draws[0], 0, 1)
+    with pytest.raises(UsageError, match=r"stream must lie in \[0, 2\^32\), got -1"):
+        normal_of_draws(draws, -1, 1, 1)
+    with pytest.raises(UsageError, match="first=4294967295 and count=2"):
+        words_of_draws(draws, 0, 2, first=2**32 - 1)
+    with pytest.raises(UsageError, match=r"sample must be one number or 1-D, got shape \(2, 2\)"):
+        normal(0, 0, torch.zeros(2, 2), 0, 1, 1)
+
+
+def test_draws_hold_the_halves_of_the_seed_the_sample_and_the_step():
+    cpu = torch.device("cpu")
+    seed = 0xFEDCBA9876543210
+    row = [0x76543210, 0xFEDCBA98, 5, 6]
+    assert draws_of(seed, 5, 6, cpu).tolist() == [row]
+    assert draws_of([seed, 1], 5, torch.tensor(6), cpu).tolist() == [row, [1, 0, 5, 6]]
+    assert draws_of(seed, torch.tensor([5, 9]), 6, cpu).tolist() == [row, [*row[:2], 9, 6]]
+
+
+def test_forcing_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "why_missing", lambda: "it was left out")
+    assert normal(0, 0, 0, 0, 1, 4).shape == (1, 1, 4)
+    with (
+        dispatch.force_backend("cpp", op="noise"),
+        pytest.raises(BackendUnavailableError, match="it was left out"),
+    ):
+        normal(0, 0, 0, 0, 1, 4)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draws": 0}, "draws is a null pointer"),
+        ({"draws": 4}, "draws is a misaligned pointer"),
+        ({"out": 0}, "out is a null pointer"),
+        ({"out": 2}, "out is a misaligned pointer"),
+        ({"rows": -1}, "rows is negative"),
+        ({"stream": 2**32}, "stream must lie in"),
+        ({"positions": -1}, "positions must lie in"),
+        ({"channels": 0}, "channels must lie in"),
+        ({"positions": 2**32, "channels": 8}, "exceed the counter"),
+        ({"threads": 0}, "threads must lie in"),
+        ({"path": "mmx"}, "no path 'mmx'"),
+    ],
+)
+def test_the_native_side_refuses_what_it_cannot_draw(change: dict, message: str):
+    draws, out = torch.zeros(1, 4, dtype=torch.int64), torch.empty(1, 2, 4)
+    arguments = {
+        "draws": draws.data_ptr(),
+        "rows": 1,
+        "stream": 0,
+        "positions": 2,
+        "channels": 4,
+        "out": out.data_ptr(),
+        "threads": 1,
+    }
+    with pytest.raises(ValueError, match=message):
+        native.module().normal(**{**arguments, **change})
+
+
+def test_noise_can_be_compiled_without_a_graph_break():
+    def draw(samples: Tensor) -> Tensor:
+        return normal(2**63 + 5, Stream.GENERATION, samples, 3, 5, 6)
+
+    samples = torch.arange(4)
+    compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)
+    assert same_bits(compiled(samples), draw(samples))
+
+
+def test_empty_shapes(backend, device):
+    place = where(backend, device)
+    assert normal(0, 0, [], 0, 3, 4, place, backend).shape == (0, 3, 4)
+    assert normal(0, 0, [1, 2], 0, 0, 4, place, backend).shape == (2, 0, 4)
+    draws = draws_of(0, [1, 2], 0, place)
+    assert words_of_draws(draws, 0, 0, kernel_backend=backend).shape == (2, 0, 4)
+    assert words_of_draws(draws[:0], 0, 3, kernel_backend=backend).shape == (0, 3, 4)

@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from dlmone_fast.errors import PromptError, TokenizerMissingError, UsageError
+from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.runtime import GenerationOutput, Generator, ties
 from dlmone_fast.samplers import METHODS
 
@@ -164,7 +165,7 @@ def test_near_ties_are_decided_by_the_row_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_clear_choices_are_not_computed_again():
-    table = torch.eye(4)
+    vocabulary = Vocabulary(torch.eye(4))
     target = torch.tensor([[False, True], [True, True]])
     x0 = torch.tensor([[[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]], [[0, 1.0, 0, 0], [0, 0, 0.5, 0.5]]])
     asked: list[int] = []
@@ -173,7 +174,7 @@ def test_clear_choices_are_not_computed_again():
         asked.append(row)
         return torch.tensor([7, 8])
 
-    ids, again = ties.round_canonically(x0, target, table, alone)
+    ids, again = ties.round_canonically(x0, target, vocabulary, alone)
     assert ids.tolist() == [[0, 0], [7, 8]]
     assert (asked, again) == ([1], 1)
 

@@ -36,14 +36,18 @@ def _targets(mask_ptr, sample, row, last, L):
 
 
 @triton.jit
-def _tile(x_ptr, teacher_ptr, score_ptr, sample, row, column, target, L, D):
+def _tile(
+    x_ptr, teacher_ptr, score_ptr, sample, row, column, target, L, D, KEEP: tl.constexpr
+):  # fmt: skip
     """Offsets of a tile, which of them are used, and x, x̂_φ and x̂_ψ there, 0 elsewhere."""
     offset = sample * L * D + (row * D)[:, None] + column[None, :]
     # Source positions are not loaded: nothing they hold can reach a result.
     used = target[:, None] & (column < D)[None, :]
-    x = tl.load(x_ptr + offset, mask=used, other=0.0).to(tl.float32)
-    teacher = tl.load(teacher_ptr + offset, mask=used, other=0.0).to(tl.float32)
-    score = tl.load(score_ptr + offset, mask=used, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=used, other=0.0, eviction_policy=KEEP).to(tl.float32)
+    teacher = tl.load(teacher_ptr + offset, mask=used, other=0.0, eviction_policy=KEEP).to(
+        tl.float32
+    )
+    score = tl.load(score_ptr + offset, mask=used, other=0.0, eviction_policy=KEEP).to(tl.float32)
     return offset, used, x, teacher, score
 
 
@@ -63,7 +67,7 @@ def _sums(
         for left in range(0, D, WIDTH):
             column = left + tl.arange(0, WIDTH)
             _, _, x, teacher, score = _tile(
-                x_ptr, teacher_ptr, score_ptr, sample, row, column, target, L, D
+                x_ptr, teacher_ptr, score_ptr, sample, row, column, target, L, D, ""
             )
             a = teacher - score
             distance += tl.abs(x - teacher)
@@ -90,7 +94,7 @@ def _write_tile(
 ):  # fmt: skip
     target = _targets(mask_ptr, sample, row, L, L)
     offset, used, x, teacher, score = _tile(
-        x_ptr, teacher_ptr, score_ptr, sample, row, column, target, L, D
+        x_ptr, teacher_ptr, score_ptr, sample, row, column, target, L, D, "evict_first"
     )
     inside = (row < L)[:, None] & (column < D)[None, :]
     a = teacher - score
@@ -119,12 +123,14 @@ def distillation_whole(
     tl.store(weight_ptr + sample, weight)
     tl.store(scale_ptr + sample, scale)
     if COUNT > 0:
+        # Backwards: what was read last is the likeliest to be in the cache.
+        last = (L - 1) // ROWS * ROWS
         for start in range(0, L, ROWS):
             for left in range(0, D, WIDTH):
                 _write_tile(
                     x_ptr, teacher_ptr, score_ptr, mask_ptr,
                     of_x_ptr, of_teacher_ptr, of_score_ptr, sample,
-                    start + tl.arange(0, ROWS), left + tl.arange(0, WIDTH),
+                    last - start + tl.arange(0, ROWS), left + tl.arange(0, WIDTH),
                     L, D, rest, scale, COUNT,
                 )  # fmt: skip
 

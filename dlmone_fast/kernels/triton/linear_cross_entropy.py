@@ -14,7 +14,7 @@ time. A channel tile is at most 256 wide (the sum must fit in registers), so tha
 the logits once per channel tile.
 
 Memory beside the arguments and the results, for N positions, with S the splits of `_splits`:
-    forward   8 S N + 16 N bytes
+    forward   8 S N + 8 N bytes, kept for the backward pass 12 N, and at most 32 N for the sort
     backward  4 d (S_h N + S_v V) + 4 S_v V bytes, and 16 N bytes
 where S is at most 16, and at most 1 once there are 256 tiles of 64 tokens or 64 words.
 """

@@ -34,25 +34,24 @@ def load_draw(draws_ptr, row):
 @triton.jit
 def words(k0, k1, stream, sample, step, c3):
     """The four words of the counters (stream, sample, step, c3); uint32 (stream: int32 bits)."""
-    c0 = tl.zeros_like(c3) + stream
-    c1 = tl.zeros_like(c3) + sample
-    c2 = tl.zeros_like(c3) + step
-    # As tensors of c3's shape too: the interpreter warns when a scalar wraps around.
-    k0 = tl.zeros_like(c3) + k0
-    k1 = tl.zeros_like(c3) + k1
-    multiplier0 = tl.full(c3.shape, _MULTIPLIER_0, tl.uint32)
-    multiplier1 = tl.full(c3.shape, _MULTIPLIER_1, tl.uint32)
+    zero = tl.zeros_like(c3)
+    c0 = zero + stream
+    c1 = zero + sample
+    c2 = zero + step
+    multiplier0 = zero + _MULTIPLIER_0
+    multiplier1 = zero + _MULTIPLIER_1
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, multiplier0)
         high1 = tl.umulhi(c2, multiplier1)
-        low0 = c0 * multiplier0
-        low1 = c2 * multiplier1
+        # The generator's arithmetic wraps around on purpose: nothing to check.
+        low0 = tl.mul(c0, _MULTIPLIER_0, sanitize_overflow=False)
+        low1 = tl.mul(c2, _MULTIPLIER_1, sanitize_overflow=False)
         c0 = high1 ^ c1 ^ k0
         c2 = high0 ^ c3 ^ k1
         c1 = low1
         c3 = low0
-        k0 += tl.full(c3.shape, _WEYL_0, tl.uint32)
-        k1 += tl.full(c3.shape, _WEYL_1, tl.uint32)
+        k0 = tl.add(k0, _WEYL_0, sanitize_overflow=False)
+        k1 = tl.add(k1, _WEYL_1, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
