@@ -84,8 +84,10 @@ def _run(step: Step, limit: float, out: Path) -> Outcome:
     with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
         try:
             # A session of its own: when it is cut off, so is all that it started.
-            process = subprocess.Popen(step.command, cwd=ROOT, env=_environment(), stdout=log,
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, env=_environment(), stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             return Outcome(step.name, None, 0.0, str(error))
         try:
