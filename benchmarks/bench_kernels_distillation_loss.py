@@ -16,8 +16,6 @@ from dlmone_fast.kernels.distillation_loss import distillation_loss
 _MU, _FLOOR = 1.2, 0.05
 _ROWS_CHECKED = 4
 
-Inputs = tuple[Tensor, Tensor, Tensor]
-
 
 @pytest.mark.shapes(shapes.DISTILLATION_LOSS)
 def test_distillation_loss(race: Race, shape: shapes.Shape, device: torch.device) -> None:
@@ -25,15 +23,16 @@ def test_distillation_loss(race: Race, shape: shapes.Shape, device: torch.device
     x, teacher, score = (torch.randn(shape.size, device=device).to(shape.dtype) for _ in range(3))
     mask = (torch.arange(shape.length, device=device) >= shape.length // 2).expand(shape.size[:2])
     mask = mask.clone()
-    inputs = tuple(t.requires_grad_() for t in (x, x + 0.3 * teacher, x + 0.3 * score))
+    predictions = (x, x + 0.3 * teacher, x + 0.3 * score)
+    inputs = tuple(t.detach().requires_grad_() for t in predictions)
 
     def own(backend: str) -> tuple[Tensor, ...]:
-        return _with_gradients(
-            lambda x, teacher, score: distillation_loss(
+        def loss(x: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
+            return distillation_loss(
                 x, teacher, score, mask, mu=_MU, weight_floor=_FLOOR, kernel_backend=backend
-            )[0],
-            inputs,
-        )
+            )[0]
+
+        return _with_gradients(loss, inputs)
 
     def plain(x: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
         return peers.distillation_loss(x, teacher, score, mask, _MU, _FLOOR)
@@ -62,9 +61,8 @@ def _exact(inputs: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
     """The same in fp64 for the first rows."""
     first = slice(_ROWS_CHECKED)
     rows = tuple(t[first].detach().double().requires_grad_() for t in inputs)
-    return _with_gradients(
-        lambda x, teacher, score: reference.distillation_loss(
-            x, teacher, score, mask[first], "sid", _MU, _FLOOR
-        )[0],
-        rows,
-    )
+
+    def loss(x: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
+        return reference.distillation_loss(x, teacher, score, mask[first], "sid", _MU, _FLOOR)[0]
+
+    return _with_gradients(loss, rows)

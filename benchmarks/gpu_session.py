@@ -1,0 +1,133 @@
+"""Everything that needs a GPU, in ten minutes: `OUT=folder python -m benchmarks.gpu_session`.
+
+Builds the extension in place, runs the kernel tests and, where CUDA's compute-sanitizer is
+installed, the CUDA kernels' tests under it, then times every kernel beside its peers. Each step has
+a log in $OUT (default: gpu-session) and a limit of its own; one that fails or is cut off stops
+none of the others. $OUT/summary.json has what came of each. Needs no network and nothing
+installed but torch, pytest and, for the benchmarks, pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.records import RESULTS, ROOT
+
+_SECONDS = 570
+_TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, the most seconds it may take, and those it must leave for later steps."""
+
+    name: str
+    command: Sequence[str]
+    limit: int
+    leave: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step; `exit_code` is None where it was cut off or did not start."""
+
+    name: str
+    exit_code: int | None
+    seconds: float
+    note: str = ""
+
+
+def steps(out: Path) -> list[Step]:
+    """What runs, in order."""
+    python = sys.executable
+    found = [
+        Step("machine", ["nvidia-smi"], 20, 480),
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, 330),
+        Step("tests", [python, *_TESTS, "tests/kernels", "--maxfail=40"], 180, 270),
+    ]
+    memcheck = shutil.which("compute-sanitizer") or _in_toolkit("compute-sanitizer")
+    if memcheck:
+        command = [memcheck, "--tool", "memcheck", "--error-exitcode", "77", python, *_TESTS]
+        command += ["tests/kernels", "-k", "cuda", "-x"]
+        found.append(Step("memcheck", command, 90, 240))
+    timed = [python, "-m", "pytest", "benchmarks", "-k", "kernels", "--benchmark-only", "-q"]
+    timed += ["--device", "cuda", "--save-records", f"--benchmark-json={out / 'benchmark.json'}"]
+    return [*found, Step("kernels", timed, 400)]
+
+
+def run_all(found: list[Step], out: Path, seconds: float = _SECONDS) -> list[Outcome]:
+    """Run the steps within `seconds` altogether; summary.json grows with each."""
+    ends = time.monotonic() + seconds
+    outcomes: list[Outcome] = []
+    for step in found:
+        left = ends - time.monotonic()
+        outcomes.append(_run(step, min(step.limit, left - step.leave), out))
+        print(f"{step.name}: {_described(outcomes[-1])}", flush=True)
+        summary = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
+        (out / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    return outcomes
+
+
+def _run(step: Step, limit: float, out: Path) -> Outcome:
+    if limit <= 0:
+        return Outcome(step.name, None, 0.0, "no time was left for it")
+    started = time.monotonic()
+    with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
+        try:
+            # A session of its own: when it is cut off, so is all that it started.
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, env=_environment(), stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return Outcome(step.name, None, 0.0, str(error))
+        try:
+            code, note = process.wait(limit), ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code, note = None, f"cut off after {limit:.0f} s"
+    return Outcome(step.name, code, round(time.monotonic() - started, 1), note)
+
+
+def _environment() -> dict[str, str]:
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def _in_toolkit(name: str) -> str | None:
+    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    paths = [Path(folder) / "bin" / name for folder in folders if folder]
+    return next((str(path) for path in paths if path.exists()), None)
+
+
+def _described(outcome: Outcome) -> str:
+    state = outcome.note or ("passed" if outcome.exit_code == 0 else f"exit {outcome.exit_code}")
+    return f"{state} in {outcome.seconds:.0f} s"
+
+
+def main() -> int:
+    """Run every step; 1 if one of them failed."""
+    out = Path(os.environ.get("OUT", "gpu-session")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    before = set(RESULTS.rglob("*.json"))
+    outcomes = run_all(steps(out), out)
+    for record in set(RESULTS.rglob("*.json")) - before:
+        shutil.copy(record, out / f"{record.parent.name}-{record.name}")
+    return int(any(outcome.exit_code != 0 for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Only right results are timed, in turns, and what a call needs is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.floors import Machine, Work
+from benchmarks.race import Race, ours
+from benchmarks.records import Row
+from benchmarks.timing import Stopwatch, peak_memory
+
+CPU = torch.device("cpu")
+MACHINE = Machine(bandwidth=1e9, copy=1e9, fp32=1e12, bf16=1e12, source="made up")
+
+
+class Pedantic:
+    """As much of pytest-benchmark's fixture as a race uses."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, str] = {}
+
+    def pedantic(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        setup: Callable[[], None],
+        rounds: int,
+    ) -> None:
+        for _ in range(rounds):
+            setup()
+            function(*args)
+
+
+def run(implementations: dict[str, Callable[[], Any]]) -> dict[str, Row]:
+    reported: list[Row] = []
+    race = Race(Pedantic(), Stopwatch(CPU), MACHINE, reported.extend)
+    work = Work(bytes=8, flops=4)
+    race("sum", "ones", implementations, lambda r: None if r == 2 else f"{r} is not 2", work)
+    return {row.implementation: row for row in reported}
+
+
+def test_implementations_are_timed_in_turns():
+    order: list[str] = []
+
+    def called(name: str) -> Callable[[], int]:
+        return lambda: (order.append(name), 2)[1]
+
+    rows = run({name: called(name) for name in ("dlmone_fast torch", "a", "b")})
+    assert {row.samples for row in rows.values()} == {200}
+    assert rows["dlmone_fast torch"].ours
+    assert not rows["a"].ours
+    timed = order[6:606]
+    assert timed == ["a", "b", "dlmone_fast torch"] * 200
+
+
+def test_wrong_and_failing_peers_are_reported_and_not_timed():
+    def fails() -> int:
+        raise RuntimeError("no such device\nmore")
+
+    rows = run({"dlmone_fast torch": lambda: 2, "wrong": lambda: 3, "fails": fails})
+    assert rows["wrong"].median_ms is None
+    assert rows["wrong"].note == "wrong, so not timed: 3 is not 2"
+    assert rows["fails"].note == "failed: RuntimeError: no such device"
+    assert rows["dlmone_fast torch"].median_ms is not None
+
+
+def test_a_wrong_result_of_ours_fails():
+    with pytest.raises(pytest.fail.Exception, match="3 is not 2"):
+        run({"dlmone_fast torch": lambda: 3})
+
+
+def test_own_backends_are_those_that_run_here():
+    from dlmone_fast.kernels.nearest_token import nearest_token
+
+    x, table = torch.eye(3), torch.eye(3)
+    found = ours("nearest_token", lambda name: nearest_token(x, table, kernel_backend=name))
+    assert "dlmone_fast torch" in found
+    assert "dlmone_fast cuda" not in found
+    for call in found.values():
+        assert call().tolist() == [0, 1, 2]
+
+
+def test_peak_memory_sees_temporaries_and_the_result():
+    def temporary() -> torch.Tensor:
+        large = torch.ones(32 << 20, dtype=torch.uint8)
+        return large[: 8 << 20].clone()
+
+    peak = peak_memory(temporary, CPU)
+    if peak is None:
+        pytest.skip("the kernel keeps no record of resident memory")
+    assert 39 << 20 <= peak <= 48 << 20
+    assert (peak_memory(lambda: None, CPU) or 0) < 4 << 20
