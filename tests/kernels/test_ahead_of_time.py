@@ -75,8 +75,8 @@ def check(cache: Path, *arguments: str, path: Path | None = None) -> tuple[int, 
 
 
 def test_shipped_kernels_compile_and_do_not_spill(tmp_path: Path):
-    # Code for fp16 differs from that for bf16 in its conversions alone; `make aot` compiles both.
-    code, usages, complaints = check(tmp_path, "--jobs", "2", "--without", "fp16")
+    # fp16 differs from bf16 in conversions alone; `make aot` compiles everything everywhere.
+    code, usages, complaints = check(tmp_path, "--jobs", "2", "--quick")
     assert (code, complaints) == (0, "")
     assert {usage["arch"] for usage in usages} == {80, 90}
     assert all(0 < usage["registers"] <= 255 for usage in usages)

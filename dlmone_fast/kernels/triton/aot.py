@@ -32,6 +32,7 @@ from typing import Any
 from dlmone_fast.kernels.triton.support import Build
 
 ARCHITECTURES = (80, 90)
+_MANY_REGISTERS = 96
 _INSTRUCTIONS = re.compile(r"wgmma\.mma_async|mma\.sync|cp\.async\.bulk|cp\.async|ldmatrix")
 
 
@@ -170,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES),
                         help="compute capabilities without the dot (default: 80 90)")  # fmt: skip
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--without", nargs="+", default=[], metavar="TYPE",
-                        help="leave out configurations with pointers to these types")  # fmt: skip
+    parser.add_argument("--quick", action="store_true",
+                        help="no fp16, and small kernels once on older architectures")  # fmt: skip
     parser.add_argument("--modules", nargs="+", default=[], metavar="NAME",
                         help="modules to check (default: those of this package)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
@@ -181,14 +182,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     names = tuple(options.modules)
     problems = [f"{name} is in no SHIPPED" for name in unshipped_kernels(kernel_modules(names))]
-    tasks = [
-        (names, number, arch)
+    numbers = [
+        number
         for number, build in enumerate(shipped_builds(kernel_modules(names)))
-        for arch in options.arch
         if options.kernel in build.kernel.__name__
-        and not {f"*{name}" for name in options.without} & set(build.signature.values())
+        and not (options.quick and "*fp16" in build.signature.values())
     ]
-    for usage in _compile_all(tasks, options.jobs):
+    newest, *older = sorted(options.arch, reverse=True)
+    usages = _compile_all([(names, number, newest) for number in numbers], options.jobs)
+    if options.quick:
+        numbers = _representative(numbers, usages)
+    tasks = [(names, number, arch) for arch in older for number in numbers]
+    for usage in usages + _compile_all(tasks, options.jobs):
         if isinstance(usage, str):
             problems.append(usage)
             continue
@@ -203,13 +208,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _Task = tuple[tuple[str, ...], int, int]
 
 
-def _compile_all(tasks: list[_Task], jobs: int) -> Iterator[Usage | str]:
-    if jobs == 1:
-        yield from map(_compile_task, tasks)
-        return
+def _representative(numbers: list[int], usages: Sequence[Usage | str]) -> list[int]:
+    """What an older architecture could still fail on: one of each kernel, and all of those that
+    use tensor cores, whose instructions differ, or many of the 255 registers.
+    """
+    kept, seen = [], set()
+    for number, usage in zip(numbers, usages, strict=True):
+        if isinstance(usage, str):
+            continue
+        if usage.kernel not in seen or usage.instructions or usage.registers > _MANY_REGISTERS:
+            kept.append(number)
+            seen.add(usage.kernel)
+    return kept
+
+
+def _compile_all(tasks: list[_Task], jobs: int) -> list[Usage | str]:
+    if jobs == 1 or not tasks:
+        return [_compile_task(task) for task in tasks]
     # Not forked: a copy of a process that runs threads may hang.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_compile_task, tasks)
+        return list(pool.map(_compile_task, tasks))
 
 
 def _compile_task(task: _Task) -> Usage | str:
