@@ -19,6 +19,9 @@ COMMANDS = [
     if (PACKAGE / f"{name}.py").exists()
 ]
 LIMIT_SECONDS = 0.3
+# A machine may be slow, or slowed by its neighbours, so that bare Python takes long to start.
+BARE_STARTS = 9
+TRIES = 6
 
 
 def heavy_modules_after(statement: str) -> str:
@@ -27,18 +30,22 @@ def heavy_modules_after(statement: str) -> str:
     return done.stdout.strip()
 
 
-def best_seconds(arguments: list[str]) -> float:
+def best_seconds(arguments: list[str], until: float = LIMIT_SECONDS) -> float:
     """Processor seconds of a Python process, the best of a few; wall time measures neighbours."""
     best = float("inf")
-    for _ in range(6):
+    for _ in range(TRIES):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
         best = min(best, spent)
-        if best < LIMIT_SECONDS:
+        if best < until:
             break
     return best
+
+
+def seconds_allowed() -> float:
+    return max(LIMIT_SECONDS, BARE_STARTS * best_seconds(["-c", "pass"], until=0.0))
 
 
 @pytest.mark.parametrize(
@@ -49,12 +56,12 @@ def test_import_loads_nothing_heavy(module: str):
 
 
 def test_import_is_fast():
-    assert best_seconds(["-c", "import dlmone_fast"]) < LIMIT_SECONDS
+    assert best_seconds(["-c", "import dlmone_fast"]) < seconds_allowed()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_fast(command: str):
-    assert best_seconds(["-m", f"dlmone_fast.{command}", "--help"]) < LIMIT_SECONDS
+    assert best_seconds(["-m", f"dlmone_fast.{command}", "--help"]) < seconds_allowed()
 
 
 def test_triton_is_not_loaded_by_an_operation():
