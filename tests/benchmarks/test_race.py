@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks.race
 from benchmarks.floors import Machine, Work
 from benchmarks.race import Race, ours
 from benchmarks.records import Row
@@ -43,7 +44,10 @@ def run(implementations: dict[str, Callable[[], Any]]) -> dict[str, Row]:
     return {row.implementation: row for row in reported}
 
 
-def test_implementations_are_timed_in_turns():
+@pytest.mark.parametrize("short", [False, True])
+def test_implementations_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch, short: bool):
+    """A short call is timed after one of its own kind that does not count."""
+    monkeypatch.setattr(benchmarks.race, "_SHORT_SECONDS", float("inf") if short else 0.0)
     order: list[str] = []
 
     def called(name: str) -> Callable[[], int]:
@@ -53,8 +57,8 @@ def test_implementations_are_timed_in_turns():
     assert {row.samples for row in rows.values()} == {200}
     assert rows["dlmone_fast torch"].ours
     assert not rows["a"].ours
-    timed = order[6:606]
-    assert timed == ["a", "b", "dlmone_fast torch"] * 200
+    turn = [name for name in ("a", "b", "dlmone_fast torch") for _ in range(1 + short)]
+    assert order[6 : 6 + 200 * len(turn)] == turn * 200
 
 
 def test_wrong_and_failing_peers_are_reported_and_not_timed():
