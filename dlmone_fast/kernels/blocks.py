@@ -59,7 +59,8 @@ def add_layer_norm(
     _check_norm(ADD_LAYER_NORM, x, weight, bias, eps)
     _check_no_gradient(ADD_LAYER_NORM, x, residual, weight, bias)
     wanted = dispatch.requested(ADD_LAYER_NORM, kernel_backend)
-    normed, total = _add_layer_norm(x, residual, weight, bias, eps, return_sum, wanted)
+    run = _add_layer_norm_op if torch.compiler.is_compiling() else _run_add_layer_norm
+    normed, total = run(x, residual, weight, bias, eps, return_sum, wanted)
     return (normed, total) if return_sum else normed
 
 
@@ -103,7 +104,8 @@ def input_layer_norm(
     _check_like(op, "time", time, projected, (batch, hidden), (projected.dtype,))
     _check_no_gradient(op, projected, position, time, weight, bias)
     wanted = dispatch.requested(op, kernel_backend)
-    return _input_layer_norm(projected, position, time, weight, bias, eps, wanted)
+    run = _input_layer_norm_op if torch.compiler.is_compiling() else _run_input_layer_norm
+    return run(projected, position, time, weight, bias, eps, wanted)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, kernel_backend: str | None = None) -> Tensor:
@@ -137,11 +139,12 @@ def _activated(op: str, x: Tensor, bias: Tensor, kernel_backend: str | None) -> 
     _check_x(op, "x", x, None)
     _check_like(op, "bias", bias, x, (x.shape[-1],), (x.dtype, torch.float32))
     _check_no_gradient(op, x, bias)
-    return _bias_activation(op, x, bias, dispatch.requested(op, kernel_backend))
+    run = _bias_activation_op if torch.compiler.is_compiling() else _run_bias_activation
+    return run(op, x, bias, dispatch.requested(op, kernel_backend))
 
 
-@torch.library.custom_op("dlmone_fast::add_layer_norm", mutates_args=())
-def _add_layer_norm(
+# Called directly outside of torch.compile: the dispatcher takes longer than a small block.
+def _run_add_layer_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -155,13 +158,17 @@ def _add_layer_norm(
     return normed, total
 
 
-@_add_layer_norm.register_fake
+_add_layer_norm_op = torch.library.custom_op(
+    "dlmone_fast::add_layer_norm", _run_add_layer_norm, mutates_args=()
+)
+
+
+@_add_layer_norm_op.register_fake
 def _(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape if given[4] else 0)
 
 
-@torch.library.custom_op("dlmone_fast::input_layer_norm", mutates_args=())
-def _input_layer_norm(
+def _run_input_layer_norm(
     projected: Tensor,
     position: Tensor,
     time: Tensor,
@@ -175,19 +182,28 @@ def _input_layer_norm(
     return result
 
 
-@_input_layer_norm.register_fake
+_input_layer_norm_op = torch.library.custom_op(
+    "dlmone_fast::input_layer_norm", _run_input_layer_norm, mutates_args=()
+)
+
+
+@_input_layer_norm_op.register_fake
 def _(projected: Tensor, *given: Any) -> Tensor:
     return projected.new_empty(projected.shape)
 
 
-@torch.library.custom_op("dlmone_fast::bias_activation", mutates_args=())
-def _bias_activation(op: str, x: Tensor, bias: Tensor, wanted: str) -> Tensor:
+def _run_bias_activation(op: str, x: Tensor, bias: Tensor, wanted: str) -> Tensor:
     backend = dispatch.select(op, x, kernel_backend=wanted)
     result: Tensor = backend.run(x, bias)
     return result
 
 
-@_bias_activation.register_fake
+_bias_activation_op = torch.library.custom_op(
+    "dlmone_fast::bias_activation", _run_bias_activation, mutates_args=()
+)
+
+
+@_bias_activation_op.register_fake
 def _(op: str, x: Tensor, bias: Tensor, wanted: str) -> Tensor:
     return x.new_empty(x.shape)
 

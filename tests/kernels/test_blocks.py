@@ -285,11 +285,11 @@ def test_operators_do_what_their_traces_say(backend: str, device: torch.device) 
     weight, bias = norm_arguments(8, device)
     for wanted in (True, False):
         arguments = (x, x.clone(), weight, bias, EPS, wanted, backend)
-        torch.library.opcheck(blocks._add_layer_norm, arguments, test_utils=checks)
+        torch.library.opcheck(blocks._add_layer_norm_op, arguments, test_utils=checks)
     entered = (x, x[0].clone(), x[:, 0].clone(), weight, bias, EPS, backend)
-    torch.library.opcheck(blocks._input_layer_norm, entered, test_utils=checks)
+    torch.library.opcheck(blocks._input_layer_norm_op, entered, test_utils=checks)
     for op in (blocks.BIAS_GELU, blocks.BIAS_TANH):
-        torch.library.opcheck(blocks._bias_activation, (op, x, bias, backend), test_utils=checks)
+        torch.library.opcheck(blocks._bias_activation_op, (op, x, bias, backend), test_utils=checks)
 
 
 def test_a_gradient_is_refused_and_no_grad_is_the_way_out(
