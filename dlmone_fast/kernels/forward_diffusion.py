@@ -100,6 +100,34 @@ def forward_diffusion_of_tokens(
     return x_t
 
 
+def diffuse_of_draws(
+    source: Tensor,
+    ids: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    mask: Tensor | None,
+    draws: Tensor,
+    stream: int,
+    *,
+    kernel_backend: str | None = None,
+) -> Tensor:
+    """`forward_diffusion` of rows whose noise `draws_of` describes, without gradients.
+
+    Args:
+        source: x_0 [B, L, d], or with `ids` [B, L] the table [V, d] that they index.
+        draws: int64 [B, 4]; not read back: a CUDA graph may rewrite it, and `ids`.
+
+    The other arguments, the result and the errors are those of `forward_diffusion`.
+    """
+    rows, length = source.shape[:2] if ids is None else ids.shape
+    _check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
+    _check_factors(rows, source.device, alpha=alpha, sigma=sigma)
+    targets = _targets(mask, rows, length, source.device)
+    wanted = dispatch.requested(_OP, kernel_backend)
+    run = _diffuse if torch.compiler.is_compiling() else _run_diffuse
+    return run(source, ids, alpha, sigma, targets, draws, int(stream), wanted)
+
+
 class _ForwardDiffusion(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -127,8 +155,7 @@ class _ForwardDiffusion(torch.autograd.Function):
         return to_source.to(ctx.dtype), None, None, None, None, None, None, None
 
 
-@torch.library.custom_op("dlmone_fast::forward_diffusion", mutates_args=())
-def _diffuse(
+def _run_diffuse(
     source: Tensor,
     ids: Tensor | None,
     alpha: Tensor,
@@ -143,6 +170,9 @@ def _diffuse(
     noise_backend = {"noise_backend": wanted} if backend.name == "torch" else {}
     x_t: Tensor = backend.run(source, ids, alpha, sigma, targets, draws, stream, **noise_backend)
     return x_t
+
+
+_diffuse = torch.library.custom_op("dlmone_fast::forward_diffusion", _run_diffuse, mutates_args=())
 
 
 @_diffuse.register_fake

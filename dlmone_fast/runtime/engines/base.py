@@ -1,0 +1,51 @@
+"""What an engine is: the network f(x_t, t) → x̂0 of one loaded model, in one way of running it.
+
+An engine is made once a load. Its runners do the work: each belongs to one call at a time and holds
+what must not be shared (static buffers, streams, inference requests).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from dlmone_fast.runtime.pipeline import Pipeline, RowBatch
+
+
+class Runner(ABC):
+    """One caller's way through an engine; not for two threads at once."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x̂0 [B, L, d] in fp32 of x_t [B, L, d] in fp32 at timesteps t, int64 [B]."""
+
+    def ids(self, pipeline: Pipeline, batch: RowBatch) -> tuple[Tensor, Tensor]:
+        """Ids int64 [B, L] of a student's generation, and each row's smallest margin [B].
+
+        Both on the CPU, in memory of the caller's own. Runners that capture the whole path do
+        better than this.
+        """
+        return pipeline.run(self.predict, batch)
+
+
+class Engine(ABC):
+    """A loaded network on one backend.
+
+    Attributes:
+        name: "eager", "compile", "graph" or "openvino".
+        precision: "fp32", "bf16", "fp16" or "int8".
+        runners: how many runners are worth having; more would fight for the same processors.
+    """
+
+    name: ClassVar[str]
+    runners: ClassVar[int] = 1
+    precision: str
+
+    @abstractmethod
+    def runner(self) -> Runner:
+        """A new runner."""
+
+    def close(self) -> None:
+        """Give back memory beyond the model's own. Runners must not be used afterwards."""

@@ -1,0 +1,91 @@
+"""The one place where a generation backend is chosen.
+
+A backend that was asked for by name runs or raises `BackendUnavailableError`; only "auto" chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlmone_fast.errors import BackendUnavailableError, UsageError
+from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.runtime.engines.base import Engine
+
+BACKENDS = ("auto", "eager", "compile", "graph", "openvino")
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What an engine is made of.
+
+    Attributes:
+        denoiser: the networks, on their device, frozen.
+        precision: "fp32", "bf16", "fp16" or "int8".
+        examples: network inputs (x_t [n, L, d], t [n]) of real prompts, for the calibration of
+            int8; called only then. None: the model folder gives no prompts.
+    """
+
+    denoiser: Denoiser
+    precision: str
+    examples: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.denoiser.embedding.device
+
+
+def make_engine(backend: str, request: EngineRequest) -> Engine:
+    """The engine of a backend's name.
+
+    Raises:
+        UsageError: there is no such backend.
+        BackendUnavailableError: the backend asked for cannot run this model here.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "auto":
+        backend = _automatic(request)
+    reason = why_unavailable(backend, request)
+    if reason:
+        available = [b for b in BACKENDS[1:] if why_unavailable(b, request) is None]
+        raise BackendUnavailableError(
+            f"backend {backend!r} was asked for and cannot run: {reason}. "
+            f"Available here: {', '.join(available) or 'none'}, or backend='auto'."
+        )
+    return _MAKERS[backend](request)
+
+
+def why_unavailable(backend: str, request: EngineRequest) -> str | None:
+    """None, or why a backend cannot run this model here."""
+    return _CHECKS[backend](request)
+
+
+def _automatic(request: EngineRequest) -> str:
+    for backend in ("graph", "openvino"):
+        if why_unavailable(backend, request) is None:
+            return backend
+    return "eager"
+
+
+def _why_not_eager(request: EngineRequest) -> str | None:
+    return f"it has no {request.precision}" if request.precision == "int8" else None
+
+
+def _make_eager(request: EngineRequest) -> Engine:
+    from dlmone_fast.runtime.engines.eager import EagerEngine
+
+    return EagerEngine(request.denoiser, request.precision)
+
+
+_CHECKS: dict[str, Callable[[EngineRequest], str | None]] = {
+    "eager": _why_not_eager,
+    "compile": lambda request: "to come",
+    "graph": lambda request: "to come",
+    "openvino": lambda request: "to come",
+}
+_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {"eager": _make_eager}
