@@ -119,8 +119,10 @@ def diffuse_of_draws(
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    rows, length = source.shape[:2] if ids is None else ids.shape
     _check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
+    if ids is not None:
+        _check_ids(ids, source)
+    rows, length = source.shape[:2] if ids is None else ids.shape
     _check_factors(rows, source.device, alpha=alpha, sigma=sigma)
     targets = _targets(mask, rows, length, source.device)
     wanted = dispatch.requested(_OP, kernel_backend)

@@ -47,5 +47,5 @@ class Engine(ABC):
     def runner(self) -> Runner:
         """A new runner."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most engines hold nothing)
         """Give back memory beyond the model's own. Runners must not be used afterwards."""
