@@ -101,10 +101,14 @@ def test_closing_waits_for_calls_and_refuses_later_ones():
     assert entered.wait(10)
     closer = threading.Thread(target=lambda: (pool.close(), order.append("closed")))
     closer.start()
-    with pytest.raises(ModelNotLoadedError, match=r"dlmone_fast\.load"):
+
+    def call_until_refused() -> None:
         while True:
             with pool.call():
                 time.sleep(1e-3)
+
+    with pytest.raises(ModelNotLoadedError, match=r"dlmone_fast\.load"):
+        call_until_refused()
     assert engine.closed == 0
     leave.set()
     server.join(10)
