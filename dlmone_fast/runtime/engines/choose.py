@@ -65,6 +65,12 @@ def why_unavailable(backend: str, request: EngineRequest) -> str | None:
     return _CHECKS[backend](request)
 
 
+def survey(request: EngineRequest) -> dict[str, str]:
+    """What "auto" takes, and for each backend "usable" or why not."""
+    found = {backend: why_unavailable(backend, request) or "usable" for backend in BACKENDS[1:]}
+    return {"auto": _automatic(request), **found}
+
+
 def _automatic(request: EngineRequest) -> str:
     for backend in ("graph", "openvino"):
         if why_unavailable(backend, request) is None:
