@@ -82,10 +82,25 @@ def _make_eager(request: EngineRequest) -> Engine:
     return EagerEngine(request.denoiser, request.precision)
 
 
+def _why_not_compile(request: EngineRequest) -> str | None:
+    from dlmone_fast.runtime.engines.compiled import why_not_compile
+
+    return _why_not_eager(request) or why_not_compile(request.device)
+
+
+def _make_compile(request: EngineRequest) -> Engine:
+    from dlmone_fast.runtime.engines.compiled import CompileEngine
+
+    return CompileEngine(request.denoiser, request.precision)
+
+
 _CHECKS: dict[str, Callable[[EngineRequest], str | None]] = {
     "eager": _why_not_eager,
-    "compile": lambda request: "to come",
+    "compile": _why_not_compile,
     "graph": lambda request: "to come",
     "openvino": lambda request: "to come",
 }
-_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {"eager": _make_eager}
+_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {
+    "eager": _make_eager,
+    "compile": _make_compile,
+}
