@@ -94,13 +94,26 @@ def _make_compile(request: EngineRequest) -> Engine:
     return CompileEngine(request.denoiser, request.precision)
 
 
+def _why_not_graph(request: EngineRequest) -> str | None:
+    from dlmone_fast.runtime.engines.graph import why_not_graph
+
+    return why_not_graph(request.denoiser, request.precision)
+
+
+def _make_graph(request: EngineRequest) -> Engine:
+    from dlmone_fast.runtime.engines.graph import GraphEngine
+
+    return GraphEngine(request.denoiser, request.precision)
+
+
 _CHECKS: dict[str, Callable[[EngineRequest], str | None]] = {
     "eager": _why_not_eager,
     "compile": _why_not_compile,
-    "graph": lambda request: "to come",
+    "graph": _why_not_graph,
     "openvino": lambda request: "to come",
 }
 _MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {
     "eager": _make_eager,
     "compile": _make_compile,
+    "graph": _make_graph,
 }
