@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 
+from dlmone_fast.kernels import dispatch
+from dlmone_fast.kernels.triton import support
 from dlmone_fast.runtime.engines import linear
 from dlmone_fast.runtime.engines.network import DTYPES, InferenceNetwork
 
@@ -88,3 +90,18 @@ def test_fp32_weights_are_shared():
     weight = network._layers[0].qkv.weight
     assert weight is not None
     assert weight.data_ptr() == denoiser.lm.backbone.blocks[0].attention.qkv.weight.data_ptr()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_fused_blocks_fit_the_kernels_that_a_gpu_runs(norm: str):
+    # In Triton's interpreter where there is no GPU.
+    if not (torch.cuda.is_available() or support.interpreting()):
+        pytest.skip("Triton cannot run here")
+    denoiser = tiny.denoiser(norm=norm).to("cuda" if torch.cuda.is_available() else "cpu")
+    x_t = inputs(3, 20).to(denoiser.embedding.device)
+    t = torch.full((3,), 30, device=x_t.device)
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.1), ("fp16", 0.02)):
+        network = InferenceNetwork(denoiser, precision, fused=True)
+        with dispatch.force_backend("triton"):
+            found = network(x_t, t)
+        torch.testing.assert_close(found, denoiser(x_t, t), rtol=tolerance, atol=tolerance)
