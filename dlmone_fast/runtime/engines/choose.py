@@ -82,10 +82,25 @@ def _make_eager(request: EngineRequest) -> Engine:
     return EagerEngine(request.denoiser, request.precision)
 
 
+def _why_not_openvino(request: EngineRequest) -> str | None:
+    from dlmone_fast.runtime.engines.openvino import why_not_openvino
+
+    return why_not_openvino(request)
+
+
+def _make_openvino(request: EngineRequest) -> Engine:
+    from dlmone_fast.runtime.engines.openvino import OpenVinoEngine
+
+    return OpenVinoEngine(request)
+
+
 _CHECKS: dict[str, Callable[[EngineRequest], str | None]] = {
     "eager": _why_not_eager,
     "compile": lambda request: "to come",
     "graph": lambda request: "to come",
-    "openvino": lambda request: "to come",
+    "openvino": _why_not_openvino,
 }
-_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {"eager": _make_eager}
+_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {
+    "eager": _make_eager,
+    "openvino": _make_openvino,
+}
