@@ -44,8 +44,8 @@ class OpenVinoEngine(Engine):
         self.precision = request.precision
         self.denoiser = request.denoiser
         self.time_vectors = _time_vectors(request.denoiser)
-        # Those in use: a model's memory is free once nothing holds a request to it.
-        self.runners_alive: weakref.WeakSet[_OpenVinoRunner] = weakref.WeakSet()
+        # A compiled model's memory is free only once no runner holds a request to it.
+        self._alive: weakref.WeakSet[_OpenVinoRunner] = weakref.WeakSet()
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._compiled: dict[int, Any] = {}
@@ -58,15 +58,18 @@ class OpenVinoEngine(Engine):
 
     def runner(self) -> Runner:
         """A new runner."""
-        return _OpenVinoRunner(self)
+        runner = _OpenVinoRunner(self)
+        with self._lock:
+            self._alive.add(runner)
+        return runner
 
     def close(self) -> None:
         """Give back the compiled models."""
         with self._lock:
             self._model = None
             self._compiled.clear()
-        for runner in list(self.runners_alive):
-            runner.release()
+            for runner in self._alive:
+                runner.release()
 
     def check(self) -> None:
         """Refuse where a call would hang or find nothing."""
@@ -119,7 +122,6 @@ class _OpenVinoRunner(Runner):
         config = engine.denoiser.config
         self._row = (config.seq_len, config.embedding_dim)
         self._slots: dict[int, _Slot] = {}
-        engine.runners_alive.add(self)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         engine = self._engine
@@ -127,10 +129,12 @@ class _OpenVinoRunner(Runner):
         if x_t.shape[1:] != self._row:
             length, width = self._row
             raise UsageError(f"x_t must be [B, {length}, {width}], got {tuple(x_t.shape)}")
-        times = engine.denoiser.schedule.timesteps(t, x_t)
-        if not len(x_t):
+        rows = len(x_t)
+        if t.shape != (rows,) or not rows:
+            t = engine.denoiser.schedule.timesteps(t, x_t)
+        if not rows:
             return torch.empty_like(x_t, dtype=torch.float32)
-        return self._slot(len(x_t)).run(x_t, engine.time_vectors, times)
+        return self._slot(rows).run(x_t, t)
 
     def release(self) -> None:
         """Drop the requests, which keep compiled models alive."""
@@ -156,6 +160,8 @@ class _Slot:
         self._request = engine.infer_request(key)
         self._tensor = engine.tensor_class
         self._config = engine.denoiser.config
+        self._schedule = engine.denoiser.schedule
+        self._time_vectors = engine.time_vectors
         self._rows = 0
 
     def resize(self, rows: int) -> None:
@@ -173,11 +179,15 @@ class _Slot:
         self._request.set_output_tensor(0, self._shared(self._x0))
         self._rows = rows
 
-    def run(self, x_t: Tensor, time_vectors: Tensor, times: Tensor) -> Tensor:
+    def run(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 [B, L, d], in new memory."""
-        with torch.no_grad():
-            self._x_t.copy_(x_t)
-            torch.index_select(time_vectors, 0, times, out=self._t_vector)
+        self._x_t.copy_(x_t.detach())
+        try:
+            torch.index_select(self._time_vectors, 0, t, out=self._t_vector)
+        except (IndexError, RuntimeError):
+            # Checking every time would cost more than the rest of this function.
+            self._schedule.timesteps(t, x_t)
+            raise
         self._request.infer(share_outputs=True)
         return self._x0.clone()
 
