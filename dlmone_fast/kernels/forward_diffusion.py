@@ -81,8 +81,10 @@ def forward_diffusion_of_tokens(
     """`forward_diffusion` of x_0 = embedding[ids], which the kernels never store.
 
     Args:
-        ids: integers [B, L] in [0, V). On a CPU they are checked; on a GPU one outside of the
-            table gives a row of NaN (triton) or torch's device-side assertion (torch).
+        ids: integers [B, L] in [0, V). On a CPU they are checked, also in compiled graphs. On a
+            GPU nobody looks at them: the row of one outside of the table is NaN (triton); torch
+            counts down to -V from the table's end and stops with a device-side assertion beyond.
+            The gradient of such a row is added to a row at the table's edge.
         embedding: [V, d] in fp32, fp16 or bf16; its gradient is summed in fp32, in one order.
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
@@ -167,6 +169,8 @@ def _run_diffuse(
     stream: int,
     wanted: str,
 ) -> Tensor:
+    if ids is not None:
+        _check_values(ids, len(source))
     backend = dispatch.select(_OP, source, kernel_backend=wanted)
     # Plain torch asked for by name is plain throughout; else its noise may come from a kernel.
     noise_backend = {"noise_backend": wanted} if backend.name == "torch" else {}
@@ -210,7 +214,9 @@ def _to_table(
 ) -> Tensor:
     backend = dispatch.select(_BACKWARD, grad, kernel_backend=wanted)
     scaled = backend.run(grad, alpha, targets, torch.float32)
-    # torch sorts the ids and sums in that order: no atomics, the same bits every time.
+    # torch sorts the ids and sums in that order: no atomics, the same bits every time. Ids that
+    # nobody checked, on a GPU, must not make it write outside of the gradient.
+    ids = ids.clamp(0, vocabulary - 1)
     return torch.ops.aten.embedding_dense_backward(scaled, ids, vocabulary, -1, False)
 
 
@@ -266,7 +272,7 @@ def _cpp(
     ids = None if ids is None else ids.contiguous()
     targets = None if targets is None else targets.contiguous()
     rows, length = source.shape[:2] if ids is None else ids.shape
-    out = torch.empty(rows, length, source.shape[-1], dtype=torch.float32)
+    out = source.new_empty(rows, length, source.shape[-1])
     native.module().forward_diffusion(
         draws=draws.data_ptr(),
         rows=rows,
@@ -300,7 +306,9 @@ def _torch(
     noise = normal_of_draws(draws, stream, length, channels, kernel_backend=noise_backend)
     x_t = noise.mul_(sigma[:, None, None]).add_(x0.float() * alpha[:, None, None])
     x_t = x_t.to(x0.dtype)
-    return x_t if targets is None else torch.where(targets[..., None], x_t, x0)
+    if targets is not None:
+        x_t = torch.where(targets[..., None], x_t, x0)
+    return x_t.contiguous()
 
 
 def _torch_backward(
@@ -309,7 +317,7 @@ def _torch_backward(
     factor = alpha[:, None]
     if targets is not None:
         factor = torch.where(targets, factor, 1.0)
-    return (grad * factor[..., None]).to(dtype)
+    return (grad * factor[..., None]).to(dtype).contiguous()
 
 
 def _stream(stream: int) -> int:
@@ -334,13 +342,17 @@ def _check_ids(ids: Tensor, embedding: Tensor) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise UsageError(f"{_OP}: ids must be integers [B, L], got {ids.dtype} {tuple(ids.shape)}")
     _check_device("ids", ids, embedding.device)
-    # Reading ids back would stall a GPU; while a graph is traced there is nothing to read.
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+
+
+def _check_values(ids: Tensor, vocabulary: int) -> None:
+    # Called where the operation runs: while a graph is traced there is nothing to read. Reading
+    # ids back would stall a GPU.
+    if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
-    if low < 0 or high >= len(embedding):
+    if low < 0 or high >= vocabulary:
         raise UsageError(
-            f"{_OP}: ids must lie in [0, {len(embedding)}), the rows of embedding, "
+            f"{_OP}: ids must lie in [0, {vocabulary}), the rows of embedding, "
             f"got values from {low} to {high}; tokenize with the model's own vocabulary"
         )
 
