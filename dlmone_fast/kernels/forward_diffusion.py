@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch, native
-from dlmone_fast.kernels.noise import PerRow, draws_of, normal_of_draws
+from dlmone_fast.kernels.draws import PerRow, check_draws, draws_of, stream_word
+from dlmone_fast.kernels.noise import normal_of_draws
 from dlmone_fast.kernels.triton import support
 
 _OP = "forward_diffusion"
@@ -60,7 +61,7 @@ def forward_diffusion(
     draws = _draws_for(rows, seed, sample, step, x0.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
-        x0, None, alpha, sigma, targets, draws, _stream(stream), wanted
+        x0, None, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
     )
     return x_t
 
@@ -97,7 +98,7 @@ def forward_diffusion_of_tokens(
     draws = _draws_for(rows, seed, sample, step, embedding.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
-        embedding, ids.long(), alpha, sigma, targets, draws, _stream(stream), wanted
+        embedding, ids.long(), alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
     )
     return x_t
 
@@ -127,9 +128,11 @@ def diffuse_of_draws(
     rows, length = source.shape[:2] if ids is None else ids.shape
     _check_factors(rows, source.device, alpha=alpha, sigma=sigma)
     targets = _targets(mask, rows, length, source.device)
+    check_draws(_OP, draws, rows)
+    _check_device("draws", draws, source.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     run = _diffuse if torch.compiler.is_compiling() else _run_diffuse
-    return run(source, ids, alpha, sigma, targets, draws, int(stream), wanted)
+    return run(source, ids, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted)
 
 
 class _ForwardDiffusion(torch.autograd.Function):
@@ -318,12 +321,6 @@ def _torch_backward(
     if targets is not None:
         factor = torch.where(targets, factor, 1.0)
     return (grad * factor[..., None]).to(dtype).contiguous()
-
-
-def _stream(stream: int) -> int:
-    if not 0 <= stream < 1 << 32:
-        raise UsageError(f"{_OP}: stream must lie in [0, 2^32), got {stream}; see noise.Stream")
-    return int(stream)
 
 
 def _check_source(name: str, source: Tensor, dim: int, shape: str) -> None:

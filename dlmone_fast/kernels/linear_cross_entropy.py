@@ -42,9 +42,9 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(h E^T + b) with the targets, position by position.
 
     Differentiable once in h, embedding and bias; create_graph=True is refused, but for losses of
-    up to 2^18 logits on a CPU, which plain torch computes. Computes in the dtypes it is given, also under
-    autocast: products of 16-bit numbers add up in fp32, and the softmax is fp32. Of two dtypes
-    the wider one is used; cast the table for tensor-core speed on a GPU. Deterministic.
+    up to 2^18 logits on a CPU, which plain torch computes. Computes in the dtypes it is given, also
+    under autocast: products of 16-bit numbers add up in fp32, and the softmax is fp32. Of two
+    dtypes the wider one is used; cast the table for tensor-core speed on a GPU. Deterministic.
 
     Args:
         h: [..., d] in fp32, fp16 or bf16, any strides.

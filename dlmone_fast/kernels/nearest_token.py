@@ -163,14 +163,14 @@ def _cpp_usable(rows: Tensor, table: Tensor) -> str | None:
 
 
 def _cpp(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> Tensor:
-    ids = torch.empty(len(rows), dtype=torch.int64)
+    ids = rows.new_empty(len(rows), dtype=torch.int64)
     _call_native(rows, vocabulary, path, ids, 0)
     return ids
 
 
 def _cpp_with_margin(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> tuple[Tensor, Tensor]:
-    ids = torch.empty(len(rows), dtype=torch.int64)
-    margin = torch.empty(len(rows), dtype=torch.float32)
+    ids = rows.new_empty(len(rows), dtype=torch.int64)
+    margin = rows.new_empty(len(rows), dtype=torch.float32)
     _call_native(rows, vocabulary, path, ids, margin.data_ptr())
     return ids, margin
 
@@ -203,7 +203,8 @@ def _call_native(
 def _pack(table: Tensor, path: str) -> Tensor:
     """What the path reads in place of the table, as bytes; torch aligns them to 64."""
     rows, width = table.shape
-    packed = torch.empty(native.module().packed_bytes(rows, width, path), dtype=torch.uint8)
+    size = native.module().packed_bytes(rows, width, path)
+    packed = table.new_empty(size, dtype=torch.uint8)
     native.module().pack_vocabulary(
         embedding=table.data_ptr(),
         v=rows,

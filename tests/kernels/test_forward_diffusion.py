@@ -393,6 +393,25 @@ def test_expanded_factors_and_draws(backend, place):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        (torch.zeros(1, 4).long(), r"draws must be int64 \[2, 4\].*got torch.int64 \(1, 4\)"),
+        (torch.zeros(2, 4), "draws must be int64"),
+        (torch.zeros(2, 4, device="meta").long(), "draws is on meta"),
+    ],
+)
+def test_draws_that_do_not_fit_are_refused(draws: Tensor, message: str):
+    with pytest.raises(UsageError, match=message):
+        diffuse_of_draws(torch.zeros(2, 3, 4), None, torch.ones(2), torch.ones(2), None, draws, 0)
+
+
+def test_the_stream_of_draws_is_checked():
+    ones, draws = torch.ones(2), torch.zeros(2, 4).long()
+    with pytest.raises(UsageError, match="stream must lie in"):
+        diffuse_of_draws(torch.zeros(2, 3, 4), None, ones, ones, None, draws, -1)
+
+
 def test_gradients_of_ids_nobody_checked_stay_inside_the_table():
     # On a GPU ids are not read back.
     ids = torch.tensor([[-7, 0, 2, 50]])
