@@ -253,11 +253,9 @@ def _triton_backward(
 
 
 def _cpp_usable(x: Tensor, *others: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"it runs on CPU tensors, not on {x.device.type}"
-    if x.dtype != torch.float32:
+    if x.device.type == "cpu" and x.dtype != torch.float32:
         return f"it computes in float32, not in {x.dtype}"
-    return native.why_missing()
+    return native.why_not_on(x)
 
 
 def _cpp(

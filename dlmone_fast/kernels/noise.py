@@ -249,9 +249,7 @@ def _triton_words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
 
 
 def _cpp_usable(draws: Tensor, *others: Tensor) -> str | None:
-    if draws.device.type != "cpu":
-        return f"it runs on CPU tensors, not on {draws.device.type}"
-    return native.why_missing()
+    return native.why_not_on(draws)
 
 
 def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:

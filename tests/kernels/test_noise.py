@@ -421,6 +421,15 @@ def test_forcing_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+def test_more_threads_than_the_native_code_takes(monkeypatch: pytest.MonkeyPatch):
+    expected = normal(0, 0, 0, 0, 3, 4, kernel_backend="torch")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1025)
+    assert torch.equal(normal(0, 0, 0, 0, 3, 4), expected)
+    with pytest.raises(BackendUnavailableError, match="at most 1024 threads"):
+        normal(0, 0, 0, 0, 3, 4, kernel_backend="cpp")
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
