@@ -13,15 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch, native
-from dlmone_fast.kernels.draws import PerRow, check_draws, draws_of, stream_word
+from dlmone_fast.kernels.draws import PerRow, check_draws, stream_word
+from dlmone_fast.kernels.forward_diffusion_arguments import (
+    check_device,
+    check_factors,
+    check_id_values,
+    check_ids,
+    check_source,
+    draws_for,
+    targets_of,
+)
 from dlmone_fast.kernels.noise import normal_of_draws
 from dlmone_fast.kernels.triton import support
 
 _OP = "forward_diffusion"
 _BACKWARD = "forward_diffusion_backward"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def forward_diffusion(
@@ -54,11 +61,11 @@ def forward_diffusion(
         UsageError: shapes, dtypes, devices or values that do not fit.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    _check_source("x0", x0, 3, "[B, L, d]")
+    check_source("x0", x0, 3, "[B, L, d]")
     rows, length = x0.shape[:2]
-    _check_factors(rows, x0.device, alpha=alpha, sigma=sigma)
-    targets = _targets(mask, rows, length, x0.device)
-    draws = _draws_for(rows, seed, sample, step, x0.device)
+    check_factors(rows, x0.device, alpha=alpha, sigma=sigma)
+    targets = targets_of(mask, rows, length, x0.device)
+    draws = draws_for(rows, seed, sample, step, x0.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
         x0, None, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
@@ -90,12 +97,12 @@ def forward_diffusion_of_tokens(
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    _check_source("embedding", embedding, 2, "[V, d]")
-    _check_ids(ids, embedding)
+    check_source("embedding", embedding, 2, "[V, d]")
+    check_ids(ids, embedding)
     rows, length = ids.shape
-    _check_factors(rows, embedding.device, alpha=alpha, sigma=sigma)
-    targets = _targets(mask, rows, length, embedding.device)
-    draws = _draws_for(rows, seed, sample, step, embedding.device)
+    check_factors(rows, embedding.device, alpha=alpha, sigma=sigma)
+    targets = targets_of(mask, rows, length, embedding.device)
+    draws = draws_for(rows, seed, sample, step, embedding.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
         embedding, ids.long(), alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
@@ -122,14 +129,15 @@ def diffuse_of_draws(
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    _check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
+    check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
     if ids is not None:
-        _check_ids(ids, source)
+        check_ids(ids, source)
+        ids = ids.long()
     rows, length = source.shape[:2] if ids is None else ids.shape
-    _check_factors(rows, source.device, alpha=alpha, sigma=sigma)
-    targets = _targets(mask, rows, length, source.device)
+    check_factors(rows, source.device, alpha=alpha, sigma=sigma)
+    targets = targets_of(mask, rows, length, source.device)
     check_draws(_OP, draws, rows)
-    _check_device("draws", draws, source.device)
+    check_device("draws", draws, source.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     run = _diffuse if torch.compiler.is_compiling() else _run_diffuse
     return run(source, ids, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted)
@@ -173,7 +181,7 @@ def _run_diffuse(
     wanted: str,
 ) -> Tensor:
     if ids is not None:
-        _check_values(ids, len(source))
+        check_id_values(ids, len(source))
     backend = dispatch.select(_OP, source, kernel_backend=wanted)
     # Plain torch asked for by name is plain throughout; else its noise may come from a kernel.
     noise_backend = {"noise_backend": wanted} if backend.name == "torch" else {}
@@ -319,82 +327,6 @@ def _torch_backward(
     if targets is not None:
         factor = torch.where(targets, factor, 1.0)
     return (grad * factor[..., None]).to(dtype).contiguous()
-
-
-def _check_source(name: str, source: Tensor, dim: int, shape: str) -> None:
-    if source.dim() != dim or source.shape[-1] < 1:
-        raise UsageError(
-            f"{_OP}: {name} must have shape {shape} with d >= 1, got {tuple(source.shape)}"
-        )
-    if source.dtype not in _DTYPES:
-        raise UsageError(
-            f"{_OP}: {name} must be float32, float16 or bfloat16, got {source.dtype}; "
-            "convert it with .float()"
-        )
-
-
-def _check_ids(ids: Tensor, embedding: Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise UsageError(f"{_OP}: ids must be integers [B, L], got {ids.dtype} {tuple(ids.shape)}")
-    _check_device("ids", ids, embedding.device)
-
-
-def _check_values(ids: Tensor, vocabulary: int) -> None:
-    # Called where the operation runs: while a graph is traced there is nothing to read. Reading
-    # ids back would stall a GPU.
-    if ids.device.type != "cpu" or not ids.numel():
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
-    if low < 0 or high >= vocabulary:
-        raise UsageError(
-            f"{_OP}: ids must lie in [0, {vocabulary}), the rows of embedding, "
-            f"got values from {low} to {high}; tokenize with the model's own vocabulary"
-        )
-
-
-def _check_factors(rows: int, device: torch.device, **factors: Tensor) -> None:
-    for name, factor in factors.items():
-        if factor.shape != (rows,) or factor.dtype != torch.float32:
-            raise UsageError(
-                f"{_OP}: {name} must be float32 [{rows}], one value a row, "
-                f"got {factor.dtype} {tuple(factor.shape)}"
-            )
-        _check_device(name, factor, device)
-        if factor.requires_grad:
-            raise UsageError(f"{_OP}: {name} gets no gradient; pass {name}.detach()")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise UsageError(
-            f"{_OP}: {name} is on {tensor.device} and the data on {device}; move it there"
-        )
-
-
-def _targets(mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.shape != (rows, length) or mask.is_complex():
-        raise UsageError(
-            f"{_OP}: mask must be real [{rows}, {length}], 0 on source positions, "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
-    _check_device("mask", mask, device)
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
-def _draws_for(
-    rows: int, seed: PerRow, sample: PerRow, step: PerRow, device: torch.device
-) -> Tensor:
-    draws = draws_of(seed, sample, step, device)
-    if len(draws) == rows:
-        return draws
-    if rows == 0 and len(draws) == 1:
-        return draws[:0]
-    raise UsageError(
-        f"{_OP}: seed, sample and step name {len(draws)} row(s) of noise for {rows} row(s) of "
-        "data; give one of them an entry for each row (sample: the row's sample index)"
-    )
 
 
 dispatch.register(

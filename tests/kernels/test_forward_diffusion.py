@@ -406,6 +406,20 @@ def test_draws_that_do_not_fit_are_refused(draws: Tensor, message: str):
         diffuse_of_draws(torch.zeros(2, 3, 4), None, torch.ones(2), torch.ones(2), None, draws, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_narrow_ids_with_draws(backend, place, dtype: torch.dtype):
+    case, ones = Case(2, 5, 8), torch.ones(2, device=place)
+    draws = draws_of(SEED, case.samples, 4, place)
+    found = [
+        diffuse_of_draws(
+            case.table.to(place), ids.to(place), ones, ones, None, draws, STREAM,
+            kernel_backend=backend,
+        )
+        for ids in (case.ids, case.ids.to(dtype))
+    ]  # fmt: skip
+    assert torch.equal(*found)
+
+
 def test_the_stream_of_draws_is_checked():
     ones, draws = torch.ones(2), torch.zeros(2, 4).long()
     with pytest.raises(UsageError, match="stream must lie in"):
