@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from dlmone_fast.errors import UsageError
+from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError, UsageError
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.engines import openvino_model
 from dlmone_fast.runtime.engines.base import Engine, Runner
@@ -74,9 +74,9 @@ class OpenVinoEngine(Engine):
     def check(self) -> None:
         """Refuse where a call would hang or find nothing."""
         if self._model is None:
-            raise UsageError("this engine was closed; load the model again")
+            raise ModelNotLoadedError("backend 'openvino': this model was unloaded; load it again")
         if os.getpid() != self._process:
-            raise UsageError(
+            raise ForkedProcessError(
                 "OpenVINO's threads do not survive a fork: load the model in the process that "
                 "uses it, or start processes with the method 'spawn'"
             )

@@ -10,12 +10,18 @@ import pytest
 import tiny
 import torch
 
-from dlmone_fast.errors import BackendUnavailableError, UsageError
+from dlmone_fast.errors import (
+    BackendUnavailableError,
+    ForkedProcessError,
+    ModelNotLoadedError,
+    UsageError,
+)
 from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.engines import Engine, make_engine, why_unavailable
 from dlmone_fast.runtime.engines.choose import EngineRequest
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch, draws_of_rows
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import Rows
 
 pytest.importorskip("openvino")
 
@@ -100,7 +106,7 @@ def test_a_students_ids(engine: Engine, network: Denoiser, steps: int):
     mask = torch.zeros(5, LENGTH, dtype=torch.int64)
     mask[:, 7:] = 1
     ids = torch.randint(0, 60, mask.shape, generator=torch.Generator().manual_seed(0))
-    batch = RowBatch(ids, mask, draws_of_rows([3] * 5, list(range(5)), steps))
+    batch = Rows(ids, mask, [3] * 5, range(5)).batch(steps)
     found, margins = engine.runner().ids(pipeline, batch)
     expected, expected_margins = pipeline.run(network, batch)
     assert torch.equal(found, expected)
@@ -128,7 +134,7 @@ def test_a_forked_process_is_told(engine: Engine):
     if child == 0:
         try:
             runner.predict(*inputs(1))
-        except UsageError as error:
+        except ForkedProcessError as error:
             os._exit(7 if "fork" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -140,9 +146,9 @@ def test_a_closed_engine_refuses(network: Denoiser):
     runner.predict(*inputs(1))
     engine.close()
     engine.close()
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ModelNotLoadedError, match="unloaded"):
         runner.predict(*inputs(1))
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(ModelNotLoadedError, match="unloaded"):
         engine.runner().predict(*inputs(1))
 
 
