@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from dlmone_fast.config import Config, resolve
     from dlmone_fast.evaluation.run import evaluate_model
     from dlmone_fast.models.denoiser import Denoiser, load_teacher
-    from dlmone_fast.runtime import GenerationOutput, Generator, from_pretrained, generate, load
+    from dlmone_fast.runtime import (
+        GenerationOutput,
+        Generator,
+        from_pretrained,
+        generate,
+        load,
+        unload,
+    )
     from dlmone_fast.training import distill, train_teacher
 
 __version__ = "0.1.0"
@@ -30,6 +37,7 @@ _HOMES = {
     "load_teacher": "dlmone_fast.models.denoiser",
     "resolve": "dlmone_fast.config",
     "train_teacher": "dlmone_fast.training",
+    "unload": "dlmone_fast.runtime",
 }
 
 __all__ = [
@@ -46,6 +54,7 @@ __all__ = [
     "load_teacher",
     "resolve",
     "train_teacher",
+    "unload",
 ]
 
 

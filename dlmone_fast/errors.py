@@ -59,6 +59,14 @@ class ModelNotLoadedError(DlmOneError, RuntimeError):
     exit_code = EXIT_MODEL
 
 
+class QueueFullError(DlmOneError, RuntimeError):
+    """Too many calls wait for a model already; nothing was generated."""
+
+
+class ForkedProcessError(DlmOneError, RuntimeError):
+    """A model that had run before the process was forked is used in the child."""
+
+
 class TokenizerMissingError(ModelFileError):
     """Text was given to a model folder that has no tokenizer."""
 

@@ -50,9 +50,9 @@ def settings(kind: str = "student", **changes: Any) -> GenerationSettings:
     return GenerationSettings(kind=kind, **{**values, **sampler, **changes})
 
 
-def generator(kind: str = "student", seed: int = 0) -> Generator:
+def generator(kind: str = "student", seed: int = 0, **options: Any) -> Generator:
     """A generator in memory."""
-    return Generator(denoiser(seed), tokenizer(), settings(kind))
+    return Generator(denoiser(seed), tokenizer(), settings(kind), **options)
 
 
 def save(path: Path, kind: str = "student", seed: int = 0, with_tokenizer: bool = True) -> Path:

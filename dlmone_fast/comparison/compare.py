@@ -60,7 +60,12 @@ class Comparison:
         self.quality = GRAMMAR if self.config.is_grammar else TEXT
         self.rows = load_rows(workspace.data_dir, "test", limit=self.config.evaluation.rows)
         self.candidates = self.config.evaluation.candidates
-        self.student = load_model(result.student, self.config.device)  # type: ignore[arg-type]
+        # One backend for every system: the speed-ups are the method's alone.
+        self.student = load_model(
+            result.student,  # type: ignore[arg-type]
+            self.config.device,
+            backend="eager",
+        )
         self.teacher = self._teacher()
 
     def _teacher(self) -> Generator | None:

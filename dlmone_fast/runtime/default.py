@@ -12,6 +12,7 @@ from dlmone_fast.errors import ModelNotLoadedError, UsageError
 from dlmone_fast.runtime import hub
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.loading import load_model
+from dlmone_fast.runtime.pool import MAX_QUEUED
 
 ENVIRONMENT_VARIABLE = "DLMONE_FAST_MODEL"
 _PACKAGED = Path(__file__).parents[1] / "assets"
@@ -22,20 +23,37 @@ _last: list[Generator] = []
 
 
 def load(
-    path_or_name: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
+    path_or_name: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    backend: str = "auto",
+    calibration: Sequence[str] | None = None,
+    max_queued: int = MAX_QUEUED,
 ) -> Generator:
     """Load a model and make it the one that `generate` uses when it is given no model.
 
     Args:
         path_or_name: a model folder, or the name of a packaged model.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
-        dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16.
+        dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
+        backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).
+        calibration: real prompts, some hundred, that int8 measures its scales on.
+        max_queued: calls that may wait for the model before `QueueFullError`.
 
     Raises:
         ModelFileError: the folder is missing, damaged or does not fit.
         UsageError: the device or dtype does not exist here.
+        BackendUnavailableError: the backend asked for cannot run this model here.
     """
-    generator = load_model(_locate(path_or_name), device, dtype)
+    generator = load_model(
+        _locate(path_or_name),
+        device,
+        dtype,
+        backend=backend,
+        calibration=calibration,
+        max_queued=max_queued,
+    )
     with _lock:
         _last[:] = [generator]
     return generator
@@ -54,7 +72,8 @@ def generate(
         model: a `Generator`, a model folder or a packaged model's name. None: the last `load`,
             else the folder in DLMONE_FAST_MODEL, else the packaged model.
         call: `steps`, `num_candidates`, `select`, `seed`, `batch_size`, `sampler`,
-            `eta`, `on_overflow`, `return_dict`, `progress`: see `Generator.generate`.
+            `eta`, `on_overflow`, `batch_invariant`, `return_dict`, `progress`: see
+            `Generator.generate`.
 
     Raises:
         ModelNotLoadedError: no model is named and none is found.
@@ -62,6 +81,16 @@ def generate(
         UsageError: another argument is out of its bounds.
     """
     return _resolve(model).generate(batch, **call)
+
+
+def unload() -> None:
+    """Forget every model that `load` and `generate` keep, and give their engines' memory back."""
+    with _lock:
+        kept = [*_last, *(generator for _, generator in _loaded.values())]
+        _last.clear()
+        _loaded.clear()
+    for generator in kept:
+        generator.unload()
 
 
 def default_folder() -> Path | None:
@@ -78,8 +107,7 @@ def from_pretrained(
     *,
     revision: str | None = None,
     download: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
+    **options: Any,
 ) -> Generator:
     """`load` under the name that users of model hubs expect.
 
@@ -88,19 +116,19 @@ def from_pretrained(
             (owner/name).
         revision: branch, tag or commit of the hub repository.
         download: fetch a hub id; without it nothing touches the network.
-        device, dtype: as for `load`.
+        options: `device`, `dtype`, `backend` and the others of `load`.
 
     Raises:
         UsageError: a hub id without `download`, or without huggingface_hub.
         ModelFileError: the folder is missing, damaged or does not fit, or cannot be fetched.
     """
     if not hub.is_repository(path_or_name) or Path(path_or_name).exists():
-        return load(path_or_name, device, dtype)
+        return load(path_or_name, **options)
     if not download:
         raise UsageError(
             f"{os.fspath(path_or_name)!r} is no folder here; if it is a hub id, pass download=True"
         )
-    return load(hub.download(os.fspath(path_or_name), revision), device, dtype)
+    return load(hub.download(os.fspath(path_or_name), revision), **options)
 
 
 def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:

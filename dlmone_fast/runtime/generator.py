@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dlmone_fast.data.batches import source_batch
@@ -19,35 +18,17 @@ from dlmone_fast.errors import TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
 from dlmone_fast.evaluation.protocol import CandidateBatch
-from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
-from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.folder import ModelFolder, copy_folder
 from dlmone_fast.runtime import options
+from dlmone_fast.runtime.calibration import network_inputs
+from dlmone_fast.runtime.engines import EngineRequest, make_engine
+from dlmone_fast.runtime.executor import Executor
 from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
-from dlmone_fast.runtime.ties import round_canonically
-from dlmone_fast.samplers.loop import SamplerOptions, sample
-from dlmone_fast.samplers.one_step import generate_embeddings
+from dlmone_fast.runtime.pool import MAX_QUEUED
+from dlmone_fast.runtime.rows import Rows
+from dlmone_fast.runtime.streaming import in_windows
 from dlmone_fast.tokenizer import Tokenizer
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Generation rows: every prompt once per candidate."""
-
-    ids: Tensor
-    mask: Tensor
-    seeds: list[int]
-    candidates: list[int]
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def part(self, first: int, last: int) -> _Rows:
-        rows = slice(first, last)
-        return _Rows(self.ids[rows], self.mask[rows], self.seeds[rows], self.candidates[rows])
 
 
 class Generator:
@@ -57,8 +38,16 @@ class Generator:
         denoiser: the networks.
         tokenizer: text ↔ ids; None for an import without a vocabulary.
         settings: the model's own defaults.
-        precision: fp32, bf16 or fp16 (autocast of the network; rounding stays float32).
         folder: the model folder it came from; None: built in memory.
+
+    Args:
+        precision: fp32, bf16, fp16 or int8, of the network; rounding stays float32.
+        backend: what runs the network, one of `dlmone_fast.runtime.engines.BACKENDS`.
+        calibration: real prompts that int8 measures its scales on.
+        max_queued: calls that may wait for the model before `QueueFullError`.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot run this model here.
     """
 
     def __init__(
@@ -68,15 +57,21 @@ class Generator:
         settings: GenerationSettings,
         precision: str = "fp32",
         folder: ModelFolder | None = None,
+        *,
+        backend: str = "eager",
+        calibration: Sequence[str] | None = None,
+        max_queued: int = MAX_QUEUED,
     ) -> None:
         self.denoiser = denoiser
         self.folder = folder
         self.settings = settings
-        self.precision = precision
         self._tokenizer = tokenizer
-        # The table is frozen here: normalising it once a load instead of once a call.
-        self._table = denoiser.embedding.detach()
-        self._vocabulary = Vocabulary(self._table)
+        options.whole_number("max_queued", max_queued, 0, options.MAX_PROMPTS)
+        examples = None
+        if calibration is not None:
+            examples = partial(network_inputs, denoiser, settings, self._encoded(calibration))
+        request = EngineRequest(denoiser, precision, examples)
+        self._executor = Executor(denoiser, make_engine(backend, request), max_queued)
 
     @property
     def task(self) -> str:
@@ -85,9 +80,19 @@ class Generator:
         return str(source.get("task", "")) if isinstance(source, dict) else ""
 
     @property
+    def backend(self) -> str:
+        """What runs the network: eager, compile, graph or openvino."""
+        return self._executor.pool.engine.name
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16, fp16 or int8, of the network; rounding stays float32."""
+        return self._executor.pool.engine.precision
+
+    @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self._table.device
+        return self._executor.table.device
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -159,14 +164,15 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         on_overflow: str = "error",
+        batch_invariant: bool = False,
         return_dict: bool = False,
         progress: bool | None = None,
     ) -> str | list[str] | list[list[str]] | GenerationOutput:
         """Generate a target for each source: a str gives a str, a list a list in order.
 
         A prompt's text depends on the prompt, its seed and the arguments below, never on the
-        other prompts of the call: exactly for a student on a CPU in fp32, up to near ties that
-        a product's rounding decides elsewhere.
+        other prompts of the call: exactly for a student on a CPU in fp32 and with
+        `batch_invariant`, up to near ties that a product's rounding decides elsewhere.
 
         Args:
             batch: one source text, or a list of them.
@@ -179,6 +185,8 @@ class Generator:
             sampler: a teacher's sampler, one of `dlmone_fast.samplers.METHODS`.
             eta: noise of a teacher's ddim sampler, 0 (deterministic) to 1.
             on_overflow: "error" refuses a source above the model's limit, "truncate" cuts it.
+            batch_invariant: run every row alone, so that no other row can move a bit of it, in any
+                precision; costs what batching saves.
             return_dict: return a `GenerationOutput` instead.
             progress: show a progress bar; None: for more than one batch on a terminal.
 
@@ -186,6 +194,9 @@ class Generator:
             PromptError: a prompt is not a str, not Unicode, or too long.
             UsageError: another argument is out of its bounds.
             TokenizerMissingError: the model folder has no tokenizer.
+            QueueFullError: too many calls wait for this model already.
+            ModelNotLoadedError: it was unloaded.
+            ForkedProcessError: it had run before this process was forked.
         """
         options.one_of("select", select, options.SELECTIONS)
         prompts = options.prompts_of(batch)
@@ -199,6 +210,7 @@ class Generator:
             sampler=sampler,
             eta=eta,
             on_overflow=on_overflow,
+            batch_invariant=batch_invariant,
             progress=progress,
         )
         chosen = [select_mbr(texts) if select == "mbr" else 0 for texts in batched.texts]
@@ -209,6 +221,72 @@ class Generator:
         else:
             answers = [texts[i] for texts, i in zip(batched.texts, chosen, strict=True)]
         return answers[0] if isinstance(batch, str) else answers
+
+    def generate_iter(
+        self,
+        prompts: Iterable[str],
+        *,
+        batch_size: int = 64,
+        seed: int = 0,
+        **call: Any,
+    ) -> Iterator[Any]:
+        """Generate from any number of prompts, one answer a prompt, in order.
+
+        Holds a window of a few batches in memory; within it, prompts of similar length share a
+        batch. Answers are those that `generate` gives.
+
+        Args:
+            prompts: source texts; read as answers are taken.
+            batch_size: rows a network call.
+            seed: the seed of every prompt.
+            call: further arguments of `generate`, which apply to each window.
+        """
+        options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
+        generate = partial(
+            self.generate, batch_size=batch_size, seed=seed, **{"progress": False, **call}
+        )
+        return in_windows(prompts, batch_size, generate)
+
+    def warmup(
+        self, batch_sizes: Sequence[int] = (1,), lengths: Sequence[int] | None = None
+    ) -> None:
+        """Make ready what the first calls would wait for: captured graphs, packed weights.
+
+        Args:
+            batch_sizes: rows a network call, as calls will ask for.
+            lengths: sequence lengths; a model that attends to its padding has one, seq_len.
+
+        Raises:
+            UsageError: a length that the model never runs at.
+        """
+        only = self.denoiser.config.seq_len
+        if lengths is not None and set(lengths) != {only}:
+            raise UsageError(
+                f"lengths must be [{only}], got {list(lengths)}: this model attends to its padding "
+                "and always runs at its full length"
+            )
+        for size in batch_sizes:
+            options.whole_number("batch_sizes", size, 1, options.MAX_BATCH_SIZE)
+            empty = self.tokenizer.encode([""]) * size
+            rows, _ = self._rows(empty, self.settings.max_source_tokens, [0] * size, 1, "error")
+            self._executor.warmup(rows, self.settings)
+
+    def unload(self) -> None:
+        """Wait for calls under way, refuse later ones, and give the engine's memory back.
+
+        The networks' own memory follows once nothing refers to this object.
+        """
+        self._executor.pool.close()
+
+    def _encoded(self, texts: Sequence[str]) -> Rows:
+        rows, _ = self._rows(
+            self.tokenizer.encode(list(texts)),
+            self.settings.max_source_tokens,
+            [0] * len(texts),
+            1,
+            "truncate",
+        )
+        return rows
 
     def generate_candidates(
         self,
@@ -221,6 +299,7 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         on_overflow: str = "error",
+        batch_invariant: bool = False,
         progress: bool | None = None,
         encoded: Sequence[Sequence[int]] | None = None,
         decode: str = "clean",
@@ -239,15 +318,19 @@ class Generator:
         options.one_of("decode", decode, options.DECODINGS)
         settings = self.settings.with_call(steps, sampler, eta)
         limit = self.settings.max_source_tokens
-        if encoded is None:
-            encoded = self.tokenizer.encode(list(texts))
-        else:
-            limit = self.denoiser.config.seq_len - SEPARATORS
-        rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
-        ids = self._generate_rows(rows, settings, batch_size, progress, decode)
-        targets = [
-            row[mask != 0].tolist() for row, mask in zip(ids, rows.mask.to(ids.device), strict=True)
-        ]
+        with self._executor.pool.call():
+            if encoded is None:
+                encoded = self.tokenizer.encode(list(texts))
+            else:
+                limit = self.denoiser.config.seq_len - SEPARATORS
+            rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
+            size = 1 if batch_invariant else batch_size
+            parts = [
+                self._executor.ids(rows.part(first, first + size), settings, decode)
+                for first in _progress(range(0, len(rows), size), progress)
+            ]
+        ids = torch.cat(parts) if parts else rows.ids
+        targets = [row[mask != 0].tolist() for row, mask in zip(ids, rows.mask, strict=True)]
         decoded = [self._text(target, decode) for target in targets]
         n = num_candidates
         return CandidateBatch(
@@ -269,7 +352,7 @@ class Generator:
         seeds: Sequence[int],
         n: int,
         on_overflow: str,
-    ) -> tuple[_Rows, list[bool]]:
+    ) -> tuple[Rows, list[bool]]:
         ids, mask, truncated = source_batch(
             encoded,
             self.denoiser.config.seq_len,
@@ -277,82 +360,13 @@ class Generator:
             limit,
             on_overflow=on_overflow,  # type: ignore[arg-type]
         )
-        rows = _Rows(
+        rows = Rows(
             ids.repeat_interleave(n, 0),
             mask.repeat_interleave(n, 0),
             [seed for seed in seeds for _ in range(n)],
             list(range(n)) * len(encoded),
         )
         return rows, truncated
-
-    def _generate_rows(
-        self,
-        rows: _Rows,
-        settings: GenerationSettings,
-        batch_size: int,
-        progress: bool | None,
-        decode: str,
-    ) -> Tensor:
-        parts = [
-            self._generate_ids(rows.part(first, first + batch_size), settings, decode)
-            for first in _progress(range(0, len(rows), batch_size), progress)
-        ]
-        return torch.cat(parts) if parts else rows.ids
-
-    @torch.inference_mode()
-    def _generate_ids(
-        self, rows: _Rows, settings: GenerationSettings, decode: str = "clean"
-    ) -> Tensor:
-        """Ids [B, L] of one network batch; source positions keep their ids."""
-        ids, mask = rows.ids.to(self.device), rows.mask.to(self.device)
-        x0, target = self._embeddings(rows, ids, mask, settings), mask != 0
-        if decode == "diffuseq":
-            return torch.where(target, self.denoiser.logits(x0).argmax(-1), ids)
-        if len(rows) > 1 and self._has_canonical_ids(settings):
-
-            def alone(row: int) -> Tensor:
-                return self._generate_ids(rows.part(row, row + 1), settings)[0]
-
-            found, _ = round_canonically(x0, target, self._vocabulary, alone)
-            return torch.where(target, found, ids)
-        found = torch.zeros_like(ids)
-        found[target] = nearest_token(x0[target], self._vocabulary)
-        return torch.where(target, found, ids)
-
-    def _has_canonical_ids(self, settings: GenerationSettings) -> bool:
-        # A sampler that rounds on its way, or 16-bit noise, is beyond what margins can mend.
-        return settings.kind == "student" and self.precision == "fp32" and self.device.type == "cpu"
-
-    def _embeddings(
-        self, rows: _Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
-    ) -> Tensor:
-        source = self._table[ids]
-
-        def noise(step: int) -> Tensor:
-            length, width = source.shape[1:]
-            stream = Stream.GENERATION
-            samples = rows.candidates
-            return normal(rows.seeds, stream, samples, step, length, width, device=self.device)
-
-        schedule = self.denoiser.schedule
-        if settings.kind == "teacher":
-            chosen = SamplerOptions(settings.sampler, settings.steps, settings.eta)
-            return sample(
-                self._predict, schedule, chosen, source, mask, noise, self._round_to_embedding
-            )
-        t_init, steps, scale = settings.t_init, settings.steps, settings.scale_latent
-        return generate_embeddings(
-            self._predict, schedule, t_init, steps, source, mask, noise, scale
-        )
-
-    def _round_to_embedding(self, x: Tensor) -> Tensor:
-        return self._table[nearest_token(x, self._vocabulary)]
-
-    def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.precision == "fp32":
-            return self.denoiser(x_t, t)
-        with torch.autocast(self.device.type, _AUTOCAST[self.precision]):
-            return self.denoiser(x_t, t)
 
     def _output(
         self, batched: CandidateBatch, chosen: list[int], seeds: list[int], steps: int | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,36 @@ from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.runtime.pool import MAX_QUEUED
 from dlmone_fast.samplers.grids import timestep_grid
 from dlmone_fast.tokenizer import Tokenizer
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 def load_model(
-    path: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    backend: str = "auto",
+    calibration: Sequence[str] | None = None,
+    max_queued: int = MAX_QUEUED,
 ) -> Generator:
     """Load a model folder, verified against its manifest.
 
     Args:
         path: the folder.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
-        dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16.
+        dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
+        backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).
+        calibration: real prompts, some hundred, that int8 measures its scales on.
+        max_queued: calls that may wait for the model before `QueueFullError`.
 
     Raises:
         ModelFileError: the folder is missing, damaged or does not fit.
         UsageError: the device or dtype does not exist here.
+        BackendUnavailableError: the backend asked for cannot run this model here.
     """
     target = pick_device(device)
     precision = pick_precision(dtype, target)
@@ -46,7 +58,16 @@ def load_model(
         tokenizer.max_chars = settings.max_chars
     # The tensors live on in the networks; the folder keeps what describes them.
     described = dataclasses.replace(folder, tensors={})
-    return Generator(denoiser, tokenizer, settings, precision, described)
+    return Generator(
+        denoiser,
+        tokenizer,
+        settings,
+        precision,
+        described,
+        backend=backend,
+        calibration=calibration,
+        max_queued=max_queued,
+    )
 
 
 def pick_precision(name: str, device: torch.device) -> str:

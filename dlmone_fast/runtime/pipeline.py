@@ -5,8 +5,7 @@ Nothing in `embeddings` depends on the values of its tensors, so a CUDA graph ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,43 +13,12 @@ from torch import Tensor
 from dlmone_fast.diffusion import Schedule
 from dlmone_fast.diffusion.schedule import keep_source
 from dlmone_fast.kernels.forward_diffusion import diffuse_of_draws
-from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token_with_margin
-from dlmone_fast.kernels.noise import Stream, draws_of
+from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token, nearest_token_with_margin
+from dlmone_fast.kernels.noise import Stream
+from dlmone_fast.runtime.rows import RowBatch
 from dlmone_fast.samplers.one_step import renoising_times
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class RowBatch:
-    """Rows of one network batch, on the CPU.
-
-    Attributes:
-        ids: int64 [B, L]; what stands on target positions is not read.
-        mask: int64 [B, L], 0 on source positions.
-        draws: int64 [steps, B, 4]: what each call's noise depends on, as `draws_of` gives it.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    draws: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def part(self, first: int, last: int) -> RowBatch:
-        """Some of the rows."""
-        rows = slice(first, last)
-        return RowBatch(self.ids[rows], self.mask[rows], self.draws[:, rows])
-
-
-def draws_of_rows(seeds: Sequence[int], candidates: Sequence[int], steps: int) -> Tensor:
-    """int64 [steps, B, 4]: a row's noise depends on its seed, its candidate and the call."""
-    cpu = torch.device("cpu")
-    first = draws_of(seeds, candidates, 0, cpu)
-    draws = first.repeat(steps, 1, 1)
-    draws[:, :, 3] = torch.arange(steps).unsqueeze(1)
-    return draws
 
 
 class Pipeline:
@@ -107,13 +75,19 @@ class Pipeline:
         return x0
 
     def run(self, predict: Predict, batch: RowBatch) -> tuple[Tensor, Tensor]:
-        """Ids [B, L] with the sources' own, and each row's smallest margin [B], on the CPU."""
+        """Ids [B, L] with the sources' own, and each row's smallest margin [B], on the CPU.
+
+        A row alone has no margin to look at: its answer is the canonical one.
+        """
         device = self.vocabulary.table.device
         ids, mask = batch.ids.to(device), batch.mask.to(device)
         x0 = self.embeddings(predict, ids, mask, batch.draws.to(device))
         target = mask != 0
         found = ids.clone()
         margins = torch.full(target.shape, float("inf"), device=device)
-        found[target], margins[target] = nearest_token_with_margin(x0[target], self.vocabulary)
-        # A row without targets has no unclear choice; amin would not take an empty one.
+        if len(batch) == 1:
+            found[target] = nearest_token(x0[target], self.vocabulary)
+        else:
+            x0 = x0[target]
+            found[target], margins[target] = nearest_token_with_margin(x0, self.vocabulary)
         return found.cpu(), margins.amin(1).cpu()

@@ -8,12 +8,8 @@ choice is clearer than `THRESHOLD` has the same ids, and only the others are com
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token_with_margin
 
 THRESHOLD = 1e-3
 """Smallest margin that counts as clear, as a fraction of the mean squared embedding norm.
@@ -24,26 +20,13 @@ outputs so little that no margin could have moved by more than 2e-6. A trained s
 the threshold in 1 row of 2,000."""
 
 
-def round_canonically(
-    x0: Tensor, target: Tensor, vocabulary: Vocabulary, alone: Callable[[int], Tensor]
-) -> tuple[Tensor, int]:
-    """The nearest ids of target positions, as if every row had been computed alone.
+def unclear_rows(margins: Tensor, table: Tensor) -> list[int]:
+    """Rows whose smallest margin is too small to be sure of.
 
     Args:
-        x0: network outputs [B, L, d] of a batch.
-        target: [B, L], true on target positions; others get id 0.
-        vocabulary: the embeddings [V, d].
-        alone: row → its ids [L], computed in a batch of one.
-
-    Returns:
-        Ids [B, L], and how many rows were computed again.
+        margins: [B]; the smallest difference of squared distances of a row's positions.
+        table: the embeddings [V, d].
     """
-    ids = torch.zeros(target.shape, dtype=torch.int64, device=x0.device)
-    ids[target], margin = nearest_token_with_margin(x0[target], vocabulary)
-    unclear = torch.zeros_like(target)
-    # Written so that NaN counts as unclear.
-    unclear[target] = ~(margin > THRESHOLD * vocabulary.table.square().sum(-1).mean())
-    rows = unclear.any(1).nonzero().squeeze(-1).tolist()
-    for row in rows:
-        ids[row] = alone(row)
-    return ids, len(rows)
+    clear = margins > THRESHOLD * table.square().sum(-1).mean()
+    # NaN counts as unclear.
+    return torch.nonzero(~clear).squeeze(-1).tolist()

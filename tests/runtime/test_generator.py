@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from dlmone_fast.errors import PromptError, TokenizerMissingError, UsageError
-from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.runtime import GenerationOutput, Generator, ties
+from dlmone_fast.runtime.rows import RowBatch
 from dlmone_fast.samplers import METHODS
 
 
@@ -147,14 +147,16 @@ def test_near_ties_are_decided_by_the_row_alone(monkeypatch: pytest.MonkeyPatch)
     weight[half : 2 * half] = weight[:half]
     weight[half : 2 * half] += 1e-4 * torch.randn(half, 16, generator=numbers)
     generator = Generator(network, tiny.tokenizer(), tiny.settings())
-    predict = generator._predict
+    runner = generator._executor.pool.engine.runner()
 
     def moved_by_the_batch(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         draws = torch.Generator().manual_seed(len(x_t))
         x0 = predict(x_t, t)
         return x0 + 1e-3 * torch.randn(x0.shape, generator=draws)
 
-    monkeypatch.setattr(generator, "_predict", moved_by_the_batch)
+    predict = runner.predict
+    monkeypatch.setattr(runner, "predict", moved_by_the_batch)
+    monkeypatch.setattr(generator._executor.pool.engine, "runner", lambda: runner)
     prompts = tiny.prompts(70)
     seeds = list(range(len(prompts)))
     alone = ids_of(generator, prompts, seeds, 1)
@@ -164,30 +166,26 @@ def test_near_ties_are_decided_by_the_row_alone(monkeypatch: pytest.MonkeyPatch)
     assert ids_of(generator, prompts, seeds, 64) != alone, "the case is too easy"
 
 
-def test_clear_choices_are_not_computed_again():
-    vocabulary = Vocabulary(torch.eye(4))
-    target = torch.tensor([[False, True], [True, True]])
-    x0 = torch.tensor([[[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]], [[0, 1.0, 0, 0], [0, 0, 0.5, 0.5]]])
-    asked: list[int] = []
-
-    def alone(row: int) -> torch.Tensor:
-        asked.append(row)
-        return torch.tensor([7, 8])
-
-    ids, again = ties.round_canonically(x0, target, vocabulary, alone)
-    assert ids.tolist() == [[0, 0], [7, 8]]
-    assert (asked, again) == ([1], 1)
+def test_rows_with_a_choice_that_is_not_clear_are_named():
+    table = torch.eye(4)
+    margins = torch.tensor([1.0, 1e-4, float("inf"), float("nan"), 0.0])
+    assert ties.unclear_rows(margins, table) == [1, 3, 4]
+    assert ties.unclear_rows(margins[:0], table) == []
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_threshold_is_far_above_the_noise_of_products(student: Generator, steps: int):
     encoded = student.tokenizer.encode(tiny.prompts(64))
     rows, _ = student._rows(encoded, tiny.MAX_SOURCE_TOKENS, range(64), 1, "error")
-    settings = tiny.settings(steps=steps)
-    with torch.inference_mode():
-        together = student._embeddings(rows, rows.ids, rows.mask, settings)
-        parts = [rows.part(i, i + 1) for i in range(64)]
-        alone = [student._embeddings(part, part.ids, part.mask, settings) for part in parts]
+    executor = student._executor
+    pipeline = executor.pipeline(tiny.settings(steps=steps))
+    batch, predict = rows.batch(steps), executor.pool.engine.runner().predict
+
+    def embeddings(part: RowBatch) -> torch.Tensor:
+        return pipeline.embeddings(predict, part.ids, part.mask, part.draws)[part.mask != 0]
+
+    together = embeddings(batch)
+    alone = [embeddings(batch.part(i, i + 1)) for i in range(64)]
     moved = (together - torch.cat(alone)).norm(dim=-1).max()
     table = student.denoiser.embedding
     # |margin change| = 2 |<moved, e1 - e2>| <= 4 |moved| |e|.

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import RowBatch
 
 
 class Runner(ABC):

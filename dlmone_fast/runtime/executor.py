@@ -1,0 +1,116 @@
+"""Rows of a call → ids, on the runners of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
+from dlmone_fast.kernels.noise import Stream, normal
+from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.runtime.engines import Engine, Runner
+from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.pool import RunnerPool
+from dlmone_fast.runtime.rows import Rows
+from dlmone_fast.runtime.ties import unclear_rows
+from dlmone_fast.samplers.loop import SamplerOptions, sample
+
+
+class Executor:
+    """Runs a model's rows.
+
+    Args:
+        denoiser: the networks: schedule, table and decoder; the engine has the backbone.
+        engine: what runs the backbone.
+        max_queued: calls that may wait.
+    """
+
+    def __init__(self, denoiser: Denoiser, engine: Engine, max_queued: int) -> None:
+        self.denoiser = denoiser
+        self.pool = RunnerPool(engine, max_queued)
+        # The table is frozen here: normalising it once a load instead of once a call.
+        self.vocabulary = Vocabulary(denoiser.embedding.detach())
+        self._pipelines: dict[tuple[int, int, bool], Pipeline] = {}
+
+    @property
+    def table(self) -> Tensor:
+        """The embeddings E [V, d]."""
+        return self.vocabulary.table
+
+    def pipeline(self, settings: GenerationSettings) -> Pipeline:
+        """A student's generation with these settings."""
+        key = (settings.t_init, settings.steps, settings.scale_latent)
+        if key not in self._pipelines:
+            self._pipelines[key] = Pipeline(self.denoiser.schedule, self.vocabulary, *key)
+        return self._pipelines[key]
+
+    @torch.inference_mode()
+    def ids(self, rows: Rows, settings: GenerationSettings, decode: str = "clean") -> Tensor:
+        """Ids [B, L] of one network batch, on the CPU; source positions keep their ids."""
+        with self.pool.runner() as runner:
+            if settings.kind == "student" and decode == "clean":
+                return self._student(runner, rows, settings)
+            device = self.table.device
+            ids, mask = rows.ids.to(device), rows.mask.to(device)
+            if settings.kind == "student":
+                draws = rows.batch(settings.steps).draws.to(device)
+                x0 = self.pipeline(settings).embeddings(runner.predict, ids, mask, draws)
+            else:
+                x0 = self._sampled(runner, rows, ids, mask, settings)
+            target = mask != 0
+            if decode == "diffuseq":
+                return torch.where(target, self.denoiser.logits(x0).argmax(-1), ids).cpu()
+            found = ids.clone()
+            found[target] = nearest_token(x0[target], self.vocabulary)
+            return found.cpu()
+
+    def warmup(self, rows: Rows, settings: GenerationSettings) -> None:
+        """Let every runner answer once, at the size of these rows."""
+        with ExitStack() as held, self.pool.call():
+            # All at once: a runner that is free again would be handed out a second time.
+            for _ in range(self.pool.engine.runners):
+                runner = held.enter_context(self.pool.runner())
+                if settings.kind == "student":
+                    self._student(runner, rows, settings)
+
+    def _student(self, runner: Runner, rows: Rows, settings: GenerationSettings) -> Tensor:
+        pipeline, batch = self.pipeline(settings), rows.batch(settings.steps)
+        ids, margins = runner.ids(pipeline, batch)
+        if len(batch) > 1 and self._has_canonical_ids():
+            for row in unclear_rows(margins, self.table):
+                alone, _ = runner.ids(pipeline, batch.part(row, row + 1))
+                ids[row] = alone[0]
+        return ids
+
+    def _has_canonical_ids(self) -> bool:
+        # The noise of a 16-bit network is beyond what margins can mend.
+        return self.pool.engine.precision == "fp32" and self.table.device.type == "cpu"
+
+    def _sampled(
+        self, runner: Runner, rows: Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
+    ) -> Tensor:
+        source = self.table[ids]
+        chosen = SamplerOptions(settings.sampler, settings.steps, settings.eta)
+        return sample(
+            runner.predict,
+            self.denoiser.schedule,
+            chosen,
+            source,
+            mask,
+            _noise_of(rows, source),
+            lambda x: self.table[nearest_token(x, self.vocabulary)],
+        )
+
+
+def _noise_of(rows: Rows, like: Tensor) -> Callable[[int], Tensor]:
+    length, width = like.shape[1:]
+
+    def noise(step: int) -> Tensor:
+        seeds, samples = rows.seeds, rows.candidates
+        return normal(seeds, Stream.GENERATION, samples, step, length, width, device=like.device)
+
+    return noise

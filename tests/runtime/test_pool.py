@@ -1,0 +1,191 @@
+"""Calls are bounded, runners are never shared, and what was closed or forked says so."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tiny
+import torch
+
+from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError, QueueFullError, UsageError
+from dlmone_fast.runtime import Generator
+from dlmone_fast.runtime.engines import Engine, Runner
+from dlmone_fast.runtime.pool import RunnerPool
+
+
+class CountingEngine(Engine):
+    name = "counting"
+    precision = "fp32"
+    runners = 2
+
+    def __init__(self) -> None:
+        self.made: list[Runner] = []
+        self.closed = 0
+        self.fails = False
+
+    def runner(self) -> Runner:
+        if self.fails:
+            raise RuntimeError("no memory")
+        self.made.append(CountingRunner())
+        return self.made[-1]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class CountingRunner(Runner):
+    def __init__(self) -> None:
+        self.users = 0
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x_t
+
+
+def test_a_runner_has_one_user_and_no_more_are_made_than_the_engine_wants():
+    engine = CountingEngine()
+    pool = RunnerPool(engine)
+
+    def use(_: int) -> int:
+        with pool.call(), pool.runner() as runner:
+            runner.users += 1
+            time.sleep(1e-4)
+            users = runner.users
+            runner.users -= 1
+        return users
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(use, range(200))) == {1}
+    assert len(engine.made) == 2
+
+
+def test_calls_beyond_the_bound_are_refused_at_once_and_served_later():
+    pool = RunnerPool(CountingEngine(), max_queued=1)
+    with pool.call(), pool.call(), pool.call():
+        started = time.perf_counter()
+        with pytest.raises(QueueFullError, match="max_queued"), pool.call():
+            pass
+        assert time.perf_counter() - started < 1e-3
+    with pool.call(), pool.runner():
+        pass
+
+
+def test_a_runner_that_cannot_be_made_leaves_room_for_the_next_try():
+    engine = CountingEngine()
+    pool = RunnerPool(engine)
+    engine.fails = True
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no memory"), pool.runner():
+            pass
+    engine.fails = False
+    with pool.runner(), pool.runner():
+        pass
+
+
+def test_closing_waits_for_calls_and_refuses_later_ones():
+    engine = CountingEngine()
+    pool = RunnerPool(engine)
+    entered, leave, order = threading.Event(), threading.Event(), []
+
+    def serve() -> None:
+        with pool.call(), pool.runner():
+            entered.set()
+            leave.wait(10)
+            order.append("served")
+
+    server = threading.Thread(target=serve)
+    server.start()
+    assert entered.wait(10)
+    closer = threading.Thread(target=lambda: (pool.close(), order.append("closed")))
+    closer.start()
+
+    def call_until_refused() -> None:
+        while True:
+            with pool.call():
+                time.sleep(1e-3)
+
+    with pytest.raises(ModelNotLoadedError, match=r"dlmone_fast\.load"):
+        call_until_refused()
+    assert engine.closed == 0
+    leave.set()
+    server.join(10)
+    closer.join(10)
+    assert order == ["served", "closed"]
+    pool.close()
+    assert engine.closed == 1
+
+
+def _generate_in_child(generator: Generator, results: multiprocessing.SimpleQueue) -> None:
+    try:
+        results.put(generator.generate("ba ce"))
+    except ForkedProcessError as error:
+        results.put(f"refused: {error}")
+
+
+def in_a_fork(generator: Generator) -> str:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_generate_in_child, args=(generator, results))
+    child.start()
+    child.join(60)
+    return str(results.get())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_model_that_ran_is_refused_in_a_fork_and_one_that_did_not_is_not():
+    torch.set_num_threads(1)
+    ran, fresh = tiny.generator(), tiny.generator()
+    expected = ran.generate("ba ce")
+    assert "load the model in each process" in in_a_fork(ran)
+    assert in_a_fork(fresh) == expected
+
+
+def test_threads_get_the_serial_answers_while_others_load_and_unload():
+    generator, prompts = tiny.generator(), tiny.prompts(200)
+    expected = generator.generate(prompts, seed=range(200))
+    stop = threading.Event()
+
+    def churn() -> int:
+        cycles = 0
+        while not stop.is_set():
+            other = tiny.generator(seed=1)
+            other.generate(prompts[0])
+            other.unload()
+            with pytest.raises(ModelNotLoadedError):
+                other.generate(prompts[0])
+            cycles += 1
+        return cycles
+
+    def ask(thread: int) -> list[str]:
+        order = [(i * 7 + thread * 13) % 200 for i in range(200)]
+        answers = {i: generator.generate(prompts[i], seed=i) for i in order}
+        return [answers[i] for i in range(200)]
+
+    with ThreadPoolExecutor(17) as threads:
+        churning = threads.submit(churn)
+        answers = list(threads.map(ask, range(16)))
+        stop.set()
+        assert churning.result() > 0
+    assert all(answer == expected for answer in answers)
+
+
+def test_warmup_makes_every_runner_and_checks_its_arguments():
+    generator = tiny.generator()
+    engine = CountingEngine()
+    own = generator._executor.pool.engine
+
+    def made() -> Runner:
+        engine.made.append(own.runner())
+        return engine.made[-1]
+
+    engine.runner = made  # type: ignore[method-assign]
+    generator._executor.pool.engine = engine
+    generator.warmup(batch_sizes=[1, 3], lengths=[tiny.SEQ_LEN])
+    assert len(engine.made) == 2
+    with pytest.raises(UsageError, match=r"lengths must be \[20\]"):
+        generator.warmup(lengths=[16])
+    with pytest.raises(UsageError, match="batch_sizes"):
+        generator.warmup(batch_sizes=[0])

@@ -1,0 +1,103 @@
+"""What a caller may rely on: answers that no companion changes, odd inputs answered at once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import dlmone_fast
+from dlmone_fast.errors import (
+    BackendUnavailableError,
+    ModelNotLoadedError,
+    PromptError,
+    UsageError,
+)
+from dlmone_fast.runtime import default
+
+
+def token_ids(generator: Any, prompts: list[str], **call: Any) -> list[list[int]]:
+    return generator.generate(prompts, return_dict=True, progress=False, **call).token_ids
+
+
+def test_batch_invariance_runs_every_row_alone():
+    generator = tiny.generator()
+    sizes: list[int] = []
+    ids = generator._executor.ids
+
+    def watched(rows, *rest):  # type: ignore[no-untyped-def]
+        sizes.append(len(rows))
+        return ids(rows, *rest)
+
+    generator._executor.ids = watched  # type: ignore[method-assign]
+    prompts = tiny.prompts(5)
+    together = token_ids(generator, prompts, num_candidates=2, batch_invariant=True)
+    assert sizes == [1] * 10
+    assert together == token_ids(generator, prompts, num_candidates=2)
+
+
+def test_bf16_rows_are_the_same_in_any_company_when_asked_for():
+    generator = tiny.generator(precision="bf16")
+    prompts = tiny.prompts(64)
+    seeds = list(range(64))
+    expected = token_ids(generator, prompts, seed=seeds, batch_invariant=True)
+    order = seeds[::-1]
+    found = token_ids(
+        generator, [prompts[i] for i in order], seed=order, batch_size=7, batch_invariant=True
+    )
+    assert found == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [([], []), ("", str), ("   \t\n", str), ("x" * 1_000_000, PromptError)],
+)
+def test_odd_prompts_are_answered_or_refused_within_5_ms(batch: Any, expected: Any):
+    torch.set_num_threads(1)
+    generator = tiny.generator()
+    generator.warmup()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        if expected is PromptError:
+            with pytest.raises(PromptError, match="characters"):
+                generator.generate(batch)
+        elif expected is str:
+            assert isinstance(generator.generate(batch), str)
+        else:
+            assert generator.generate(batch) == expected
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 5e-3
+
+
+def test_a_blank_prompt_is_an_empty_source():
+    generator = tiny.generator()
+    assert generator.generate("") == generator.generate(" \n ")
+
+
+def test_backends_are_named_and_refused_with_the_reason(tmp_path):  # type: ignore[no-untyped-def]
+    folder = tiny.save(tmp_path / "model")
+    assert default.load_model(folder, backend="eager").backend == "eager"
+    with pytest.raises(UsageError, match="backend must be one of auto, eager"):
+        default.load_model(folder, backend="tensorrt")
+    with pytest.raises(BackendUnavailableError, match=r"'eager'.*int8"):
+        default.load_model(folder, dtype="int8", backend="eager")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailableError, match=r"'graph' was asked for and cannot run"):
+            default.load_model(folder, backend="graph")
+
+
+def test_unloading_forgets_every_model(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(default, "_last", [])
+    monkeypatch.setattr(default, "_loaded", {})
+    folder = tiny.save(tmp_path / "model")
+    first = dlmone_fast.load(folder)
+    text = dlmone_fast.generate("ba ce", model=folder)
+    dlmone_fast.unload()
+    assert (default._last, default._loaded) == ([], {})
+    with pytest.raises(ModelNotLoadedError, match="unloaded"):
+        first.generate("ba ce")
+    assert dlmone_fast.generate("ba ce", model=folder) == text
