@@ -12,7 +12,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.floors import Work
 from benchmarks.shapes import VOCABULARY
@@ -231,6 +231,7 @@ def _fit_last_layer(model: Model) -> None:
     wanted = before.T @ model.vocabulary.table[expected].double()
     fitted = torch.linalg.solve(square, wanted).float()
     last = backbone.output_projection[-1]
+    assert isinstance(last, nn.Linear)
     last.weight.data.copy_(fitted[:-1].T)
     last.bias.data.copy_(fitted[-1])
 

@@ -33,7 +33,8 @@ def _environment(record: dict[str, Any]) -> str:
     return (
         f"{found['device']} (CPU {found['cpu']}), {found['threads']} threads, load average "
         f"{found['load_average']:.2f}; Python {found['python']}, torch {found['torch']}, triton "
-        f"{found['triton']}{_libraries(found)}, commit {str(found['commit'])[:9]}{changes}, {found['date']}.\n"
+        f"{found['triton']}{_libraries(found)}, commit {str(found['commit'])[:9]}{changes}, "
+        f"{found['date']}.\n"
         f"Copy {machine['copy_gb_s']:.0f} GB/s measured. Floors: {machine['bandwidth_gb_s']:.0f} "
         f"GB/s, fp32 {machine['fp32_tflop_s']:.3g} and bf16 {machine['bf16_tflop_s']:.3g} "
         f"TFLOP/s ({machine['source']})."
