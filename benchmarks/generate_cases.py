@@ -156,7 +156,7 @@ def model(config: ModelConfig, device: torch.device, seed: int = 0) -> Model:
 
 def tokenizer(vocab_size: int) -> Tokenizer:
     """A vocabulary with the words of `prompts`; made-up words fill it."""
-    texts = (*_HEADS, *_VERBS, *_ADJECTIVES, *_NOUNS, *_PLACES, "a the of ? . ,")
+    texts = (*_HEADS, *_VERBS, *_ADJECTIVES, *_NOUNS, *_PLACES, "a the or ? . ,")
     words = dict.fromkeys(word for text in texts for word in text.split())
     syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai")]
     longer = (a + b + c for a in syllables for b in syllables for c in ("", "n", "r", "s", "lo"))

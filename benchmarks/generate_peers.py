@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,11 +180,14 @@ def _export(model: Model, folder: Path) -> Path:
     # A folder of its own: a library may still read the file of the model before.
     config, path = model.denoiser.config, Path(tempfile.mkdtemp(dir=folder)) / "network.onnx"
     example = (torch.zeros(2, config.seq_len, config.embedding_dim), torch.zeros(2))
-    torch.onnx.export(
-        _Bare(model).eval(), example, str(path), dynamo=False, opset_version=_OPSET,
-        input_names=["x_t", "time"], output_names=["x0"],
-        dynamic_axes={name: {0: "batch"} for name in ("x_t", "time", "x0")},
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # This exporter is deprecated, but needs no package beyond onnx.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            _Bare(model).eval(), example, str(path), dynamo=False, opset_version=_OPSET,
+            input_names=["x_t", "time"], output_names=["x0"],
+            dynamic_axes={name: {0: "batch"} for name in ("x_t", "time", "x0")},
+        )  # fmt: skip
     return path
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -133,16 +133,27 @@ class Race:
 
     def _fill(self, row: Row, seconds: list[float], work: Work) -> Row:
         median = statistics.median(seconds)
-        return replace(
+        row = replace(
             row,
             median_ms=1e3 * median,
             min_ms=1e3 * min(seconds),
-            p99_ms=1e3 * sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1],
+            p99_ms=1e3 * percentile(seconds, 99),
             samples=len(seconds),
+        )
+        # The work is that of the whole.
+        if row.part:
+            return row
+        return replace(
+            row,
             gigabytes_per_second=work.bytes / median / 1e9,
             teraflops=work.flops / median / 1e12 if work.flops else None,
             fraction_of_floor=self.machine.floor_seconds(work) / median,
         )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The least value that so many per cent of the values do not exceed."""
+    return sorted(values)[math.ceil(percent * len(values) / 100) - 1]
 
 
 def _try(call: Call, check: Check, must_run: bool) -> str | None:

@@ -13,7 +13,7 @@ from dlmone_fast.evaluation.table import Table
 
 _COLUMNS = ["implementation", "median ms", "p99 ms", "min ms", "GB/s", "TFLOP/s", "of floor",
             "peak MB", "× our time", "× our memory", "samples"]  # fmt: skip
-_CALL_COLUMNS = ["tokens as fp32", "output error", "held MB"]
+_CALL_COLUMNS = ["of its call", "tokens as fp32", "output error", "held MB"]
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -52,16 +52,18 @@ def _case(rows: list[Row], operation: str, case: str) -> str:
     table = Table(_COLUMNS + (_CALL_COLUMNS if of_calls else []))
     own = first_of_ours(rows, operation, case)
     for row in found:
-        table.add(row.implementation, *_cells(row, own), *(_call_cells(row) if of_calls else []))
-    return f"**{operation}, {case}**\n\n{table.markdown()}"
+        if row.median_ms is not None:
+            more = _call_cells(row, found, own) if of_calls else []
+            table.add(row.implementation, *_cells(row, own), *more)
+    notes = [f"- {row.implementation}: {row.note}" for row in found if row.median_ms is None]
+    parts = [f"**{operation}, {case}**", table.markdown(), "\n".join(notes)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _cells(row: Row, own: Row | None) -> list[str | int | None]:
-    if row.median_ms is None:
-        return [row.note or None, *[None] * 9]
     peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
     return [
-        f"{row.median_ms:.3f}",
+        _number(row.median_ms, ".3f"),
         _number(row.p99_ms, ".3f"),
         _number(row.min_ms, ".3f"),
         _number(row.gigabytes_per_second, ".1f"),
@@ -74,9 +76,21 @@ def _cells(row: Row, own: Row | None) -> list[str | int | None]:
     ]
 
 
-def _call_cells(row: Row) -> list[str | None]:
+def _call_cells(row: Row, found: list[Row], own: Row | None) -> list[str | None]:
+    accuracy = [_number(row.agreement, ".2%"), _number(row.error, ".2g")]
     held = None if row.held_bytes is None else row.held_bytes / 1e6
-    return [_number(row.agreement, ".2%"), _number(row.error, ".2g"), _number(held, ".1f")]
+    return [_number(_share(row, found, own), ".1%"), *accuracy, _number(held, ".1f")]
+
+
+def _share(row: Row, found: list[Row], own: Row | None) -> float | None:
+    """A part's share of the call that it is named after, or of our first one."""
+    named = (
+        r for r in found if not r.part and row.implementation.startswith(f"{r.implementation},")
+    )
+    whole = next(named, own)
+    if not row.part or row.median_ms is None or whole is None or not whole.median_ms:
+        return None
+    return row.median_ms / whole.median_ms
 
 
 def _targets(targets: list[dict[str, Any]]) -> str:
