@@ -63,8 +63,11 @@ class Lineup:
         """Check an implementation and take it in, with its network; False if it cannot run."""
         name, batch = contender.name, cases.prompts(self.batch)
         self.fields[name] = {}
-        if contender.absent:
-            self.fields[name]["note"] = f"absent: {contender.absent}"
+        absent = contender.absent
+        if isinstance(contender, Peer) and self.batch not in (contender.batches or (self.batch,)):
+            absent = f"timed at batch {' and '.join(map(str, contender.batches))} only"
+        if absent:
+            self.fields[name]["note"] = f"absent: {absent}"
             return False
         try:
             if isinstance(contender, Own):

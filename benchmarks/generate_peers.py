@@ -12,7 +12,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
 NO_BF16 = "no bf16 on this CPU"
 _OPSET = 17
+# Tuning takes minutes for each of them.
+_TUNED_BATCHES = (1, 512)
 
 
 @dataclass(frozen=True)
@@ -40,42 +42,39 @@ class Output:
     token_ids: list[list[int]]
 
 
+@dataclass(eq=False)
 class Peer:
     """A network that another library runs, made at its first call.
 
     Attributes:
         name: as in the report.
+        make: makes the network.
         absent: why it cannot run here; "": it can.
         rounding: how ids are found from outputs.
+        dtype: of the rounding's product; its norms stay fp32.
+        batches: the sizes that it is timed at; empty: all.
     """
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], Network],
-        absent: str = "",
-        rounding: Rounding = matmul_argmin,
-    ) -> None:
-        self.name = name
-        self.absent = absent
-        self.rounding = rounding
-        self._make = make
+    name: str
+    make: Callable[[], Network]
+    absent: str = ""
+    rounding: Rounding = matmul_argmin
+    dtype: torch.dtype = torch.float32
+    batches: tuple[int, ...] = ()
 
     @functools.cached_property
     def network(self) -> Network:
-        return self._make()
+        return self.make()
 
 
-@dataclass(frozen=True)
 class PlainCall:
     """Text in, text out, as one writes it around a network."""
 
-    model: Model
-    peer: Peer
-    norms: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norms", self.model.vocabulary.table.square().sum(1))
+    def __init__(self, model: Model, peer: Peer) -> None:
+        self.model = model
+        self.peer = peer
+        self._norms = model.vocabulary.table.square().sum(1)
+        self._rounding_table = model.vocabulary.table.to(peer.dtype)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], noise: Tensor | None = None) -> Output:
@@ -92,8 +91,8 @@ class PlainCall:
         sigma = float(1 - schedule.alphas_cumprod[t]) ** 0.5
         x_t = torch.where(target[..., None], sigma * noise, source)
         time = schedule.network_time(torch.full((len(ids),), t, device=device))
-        x0 = self.peer.network(x_t, time).flatten(0, 1)
-        found = self.peer.rounding(x0, table, self.norms).view_as(ids).cpu()
+        x0 = self.peer.network(x_t, time).flatten(0, 1).to(self.peer.dtype)
+        found = self.peer.rounding(x0, self._rounding_table, self._norms).view_as(ids).cpu()
         targets = [row[kept != 0].tolist() for row, kept in zip(found, mask, strict=True)]
         return Output([tokenizer.decode_clean(row) for row in targets], targets)
 
@@ -129,31 +128,34 @@ def _eager(model: Model) -> Network:
     return _Bare(model).eval()
 
 
-def _autocast(model: Model, compiled: bool = False) -> Network:
+def _autocast(model: Model) -> Network:
     device, network = model.device.type, _Bare(model).eval()
 
     def run(x_t: Tensor, time: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             return network(x_t, time)
 
-    return _compiled(run) if compiled else run
+    return run
 
 
-def _compiled(network: Network) -> Network:
-    on_gpu = torch.cuda.is_available()
-    found: Network = torch.compile(
-        network, dynamic=False, mode="max-autotune" if on_gpu else "default"
-    )
+def _compiled(network: Network, mode: str = "default") -> Network:
+    found: Network = torch.compile(network, dynamic=False, mode=mode)
     return found
 
 
 def _on_gpu(model: Model) -> list[Peer]:
     argmin: Rounding = torch.compile(expression_argmin, dynamic=False)
+    bf16 = torch.bfloat16
     return [
         Peer(names.EAGER_FP32, lambda: _eager(model)),
-        Peer(names.AUTOCAST, lambda: _autocast(model)),
-        Peer(names.COMPILED_GRAPHS, lambda: _compiled(_eager(model)), rounding=argmin),
-        Peer(names.COMPILED_GRAPHS_BF16, lambda: _autocast(model, compiled=True), rounding=argmin),
+        Peer(names.AUTOCAST, lambda: _autocast(model), rounding=expression_argmin, dtype=bf16),
+        Peer(
+            names.COMPILED_GRAPHS,
+            lambda: _compiled(_autocast(model), "max-autotune"),
+            rounding=argmin,
+            dtype=bf16,
+            batches=_TUNED_BATCHES,
+        ),
     ]
 
 
@@ -163,7 +165,13 @@ def _on_cpu(model: Model, folder: Path) -> list[Peer]:
     argmin: Rounding = torch.compile(expression_argmin, dynamic=False)
     return [
         Peer(names.EAGER_FP32, lambda: _eager(model)),
-        Peer(names.AUTOCAST, lambda: _autocast(model), "" if cpu_has_bf16() else NO_BF16),
+        Peer(
+            names.AUTOCAST,
+            lambda: _autocast(model),
+            "" if cpu_has_bf16() else NO_BF16,
+            rounding=expression_argmin,
+            dtype=torch.bfloat16,
+        ),
         Peer(names.COMPILED, lambda: _compiled(_eager(model)), rounding=argmin),
         Peer(names.ONNX_RUNTIME, lambda: _onnx_runtime(exported()), onnx),
         Peer(names.ONNX_RUNTIME_INT8, lambda: _onnx_runtime(_in_int8(exported())), onnx),

@@ -9,8 +9,7 @@ OPERATION = "generate"
 EAGER_FP32 = "PyTorch fp32"
 AUTOCAST = "PyTorch bf16 autocast"
 COMPILED = "torch.compile fp32"
-COMPILED_GRAPHS = "torch.compile max-autotune fp32"
-COMPILED_GRAPHS_BF16 = "torch.compile max-autotune bf16"
+COMPILED_GRAPHS = "torch.compile max-autotune bf16"
 ONNX_RUNTIME = "ONNX Runtime fp32"
 ONNX_RUNTIME_INT8 = "ONNX Runtime dynamic int8"
 OPENVINO = "OpenVINO fp32"
@@ -37,8 +36,8 @@ TARGETS = (
     Target("cpu", OPERATION, _ONE, "time", 1.1, network(_INT8), own=_INT8),
     Target("cpu", OPERATION, "compact, batch 1", "milliseconds", 4, own=FASTEST),
     Target("cuda", OPERATION, _ONE, "milliseconds", 0.24, own=_GRAPH),
-    Target("cuda", OPERATION, _ONE, "time", 1 / 2, COMPILED_GRAPHS_BF16, own=_GRAPH),
+    Target("cuda", OPERATION, _ONE, "time", 1 / 2, COMPILED_GRAPHS, own=_GRAPH),
     Target("cuda", OPERATION, _MOST, "sequences", 24_000, own=_GRAPH, batch=512),
-    Target("cuda", OPERATION, _MOST, "time", 1 / 1.2, COMPILED_GRAPHS_BF16, own=_GRAPH),
+    Target("cuda", OPERATION, _MOST, "time", 1 / 1.2, COMPILED_GRAPHS, own=_GRAPH),
     Target("cuda", OPERATION, _MOST, "memory", 1 / 8, EAGER_FP32, own=_GRAPH),
 )

@@ -15,6 +15,7 @@ from benchmarks.generate_cases import BATCHES, CASES, LENGTHS, Case, Model, inpu
 from benchmarks.generate_lineup import Lineup, agreement
 from benchmarks.generate_ours import Own, owns, phases
 from benchmarks.generate_peers import Network, Output, Peer, PlainCall, peers
+from benchmarks.peers import expression_argmin
 from benchmarks.records import Row
 from dlmone_fast.config import ModelConfig
 from dlmone_fast.kernels.nearest_token import nearest_token_with_margin
@@ -119,15 +120,32 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tiny: Model
     assert not lineup.calls
 
 
+def test_a_peer_in_bf16_rounds_in_bf16_and_may_be_left_out_of_a_batch(tiny: Model):
+    dtypes: list[torch.dtype] = []
+
+    def rounding(x: Tensor, table: Tensor, norms: Tensor) -> Tensor:
+        dtypes.extend((x.dtype, table.dtype, norms.dtype))
+        return expression_argmin(x, table, norms)
+
+    peer = Peer(
+        "PyTorch bf16", lambda: tiny.denoiser.lm, rounding=rounding, dtype=torch.bfloat16,
+        batches=(1, 4),
+    )  # fmt: skip
+    lineup = Lineup(tiny, 4)
+    assert lineup.add(peer)
+    assert lineup.fields["PyTorch bf16"]["agreement"] > 0.95
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert not (other := Lineup(tiny, 2)).add(peer)
+    assert other.fields["PyTorch bf16"] == {"note": "absent: timed at batch 1 and 4 only"}
+
+
 def test_a_wrong_or_failing_peer_is_reported_and_not_timed(tiny: Model):
     def fails(x_t: Tensor, time: Tensor) -> Tensor:
         raise RuntimeError("no such device\nmore")
 
     lineup = Lineup(tiny, 2)
     for name, network in (("other fp32", lambda x_t, time: -x_t), ("failing", fails)):
-        peer = plain(tiny, network)
-        peer.name = name
-        assert not lineup.add(peer)
+        assert not lineup.add(replace(plain(tiny, network), name=name))
     assert lineup.fields["other fp32"]["note"] == "wrong, so not timed"
     assert lineup.fields["failing"]["note"] == "failed: RuntimeError: no such device"
     assert not lineup.calls
