@@ -8,21 +8,36 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dlmone_fast
 from dlmone_fast.cli import OptionalStr, parse, run_command
 from dlmone_fast.errors import EXIT_MODEL, EXIT_OK, DlmOneError
 
+if TYPE_CHECKING:
+    from dlmone_fast.models.denoiser import Denoiser
+    from dlmone_fast.tokenizer import Tokenizer
+
 DESCRIPTION = """Show versions, devices, kernel backends and models, and run a short self-test.
 
-The self-test generates one batch with a tiny random model in memory and compares two operations
-with known answers. Exit codes: 0 it passed, 4 it failed, torch is missing, or the model folder
-of --model cannot be used; 2 usage.
+The self-test generates one batch on every usable backend but compile (which takes half a minute)
+with a tiny random model, and compares two operations with known answers. Exit codes: 0 it passed,
+4 it failed, torch is missing, or the model folder of --model cannot be used; 2 usage.
 """
 
-PACKAGES = ("torch", "numpy", "triton", "tokenizers", "safetensors", "sacrebleu", "tyro")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "triton",
+    "tokenizers",
+    "safetensors",
+    "sacrebleu",
+    "tyro",
+    "openvino",
+    "nncf",
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,16 @@ def examine(model: str | None = None) -> dict[str, Any]:
     report["native"] = _native()
     report["kernels"] = _kernels()
     report["precision"] = _precision()
+    report["generation"] = _generation()
     report["default_model"] = _default_model()
     checks = {
         "philox known answer": _check_noise,
         "nearest token agrees with the reference": _check_nearest_token,
-        "a tiny model generates": _check_generation,
     }
+    for backend, why in report["generation"].items():
+        if why != "usable" or backend == "compile":
+            continue
+        checks[f"a tiny model generates on {backend}"] = partial(_check_generation, backend)
     report["self_test"] = {name: _outcome(check) for name, check in checks.items()}
     if model is not None:
         report["self_test"][f"model {model}"] = _outcome(lambda: _check_model(model))
@@ -94,6 +113,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f"{'CUDA':<14}{native['cuda']}")
     for op, backends in report["kernels"].items():
         lines.append(f"{op}: " + "; ".join(f"{b}: {why}" for b, why in backends.items()))
+    generation = "; ".join(f"{b}: {why}" for b, why in report["generation"].items())
+    lines.append(f"generate(): {generation}")
     for use, choice in report["precision"].items():
         lines.append(f"precision auto, {use}: {choice}")
     lines += [f"{'model':<14}{default}", ""]
@@ -208,16 +229,24 @@ def _check_nearest_token() -> None:
     _require(bool((nearest_token(x, table) == reference.nearest_token(x, table)).all()), "differs")
 
 
-def _check_generation() -> None:
+def _generation() -> dict[str, str]:
+    """What "auto" takes for `generate` here, and each backend's "usable" or why not."""
+    from dlmone_fast.runtime.engines import EngineRequest, survey
+    from dlmone_fast.runtime.loading import pick_precision
+
+    denoiser, _ = _tiny_model()
+    precision = pick_precision("auto", denoiser.embedding.device)
+    return survey(EngineRequest(denoiser, precision))
+
+
+def _tiny_model() -> tuple[Denoiser, Tokenizer]:
     import torch
 
     from dlmone_fast.config import DiffusionConfig, ModelConfig
     from dlmone_fast.diffusion import Schedule
     from dlmone_fast.models.denoiser import Denoiser
+    from dlmone_fast.models.devices import pick_device
     from dlmone_fast.networks import DiffusionLM
-    from dlmone_fast.runtime.generator import Generator
-    from dlmone_fast.runtime.loading import pick_device, pick_precision
-    from dlmone_fast.runtime.options import GenerationSettings
     from dlmone_fast.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_words(["one", "two", "three", "four"])
@@ -234,17 +263,30 @@ def _check_generation() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lm = DiffusionLM(model)
-    device = pick_device("auto")
-    denoiser = Denoiser(lm, Schedule(DiffusionConfig())).eval().requires_grad_(False).to(device)
+    denoiser = Denoiser(lm, Schedule(DiffusionConfig())).eval().requires_grad_(False)
+    return denoiser.to(pick_device("auto")), tokenizer
+
+
+def _check_generation(backend: str) -> None:
+    from dlmone_fast.runtime.generator import Generator
+    from dlmone_fast.runtime.loading import pick_precision
+    from dlmone_fast.runtime.options import GenerationSettings
+
+    denoiser, tokenizer = _tiny_model()
     settings = GenerationSettings(max_source_tokens=8)
-    generator = Generator(denoiser, tokenizer, settings, pick_precision("auto", device))
+    precision = pick_precision("auto", denoiser.embedding.device)
+    generator = Generator(denoiser, tokenizer, settings, precision, backend=backend)
     prompts = ["one two", "three", "four four one"]
     first, again = (generator.generate(prompts, seed=1, return_dict=True) for _ in range(2))
     _require(first.token_ids == again.token_ids, "the same seed gave two different answers")
     _require(
-        all(0 <= token < model.vocab_size for ids in first.token_ids for token in ids),
+        all(0 <= token < tokenizer.vocab_size for ids in first.token_ids for token in ids),
         "an id lies outside the vocabulary",
     )
+    if generator.precision == "fp32":
+        plain = Generator(denoiser, tokenizer, settings, "fp32")
+        expected = plain.generate(prompts, seed=1, return_dict=True)
+        _require(first.token_ids == expected.token_ids, "differs from plain PyTorch")
 
 
 def _check_model(path: str) -> None:

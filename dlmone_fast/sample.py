@@ -63,6 +63,8 @@ class SampleArgs:
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
     """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
+    backend: str = "auto"
+    """What runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first import of torch: usage errors above must not wait for it.
     from dlmone_fast.runtime import load_model
 
-    generator = load_model(args.model, args.device, args.dtype)
+    generator = load_model(args.model, args.device, args.dtype, backend=args.backend)
     count = Count()
     sources = (_source(args, number, line, jsonl) for number, line in lines)
     _write(args.output, _generated(args, generator, sources, jsonl, count))

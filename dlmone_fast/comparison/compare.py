@@ -207,7 +207,9 @@ def _systems(comparison: Comparison) -> Any:
             yield comparison.measure(f"teacher, {method}", comparison.teacher, steps, method)
         yield comparison.measure("undistilled (θ = φ)", comparison.undistilled(), 1)
     if comparison.workspace.finished("stage1") and comparison.workspace.finished("stage2"):
-        first = load_model(comparison.workspace.model("stage1"), comparison.config.device)
+        first = load_model(
+            comparison.workspace.model("stage1"), comparison.config.device, backend="eager"
+        )
         yield comparison.measure("student of stage 1", first, 1)
     for steps in map(int, evaluation.student_steps.split()):
         yield comparison.measure("student", comparison.student, steps)

@@ -65,6 +65,12 @@ def why_unavailable(backend: str, request: EngineRequest) -> str | None:
     return _CHECKS[backend](request)
 
 
+def survey(request: EngineRequest) -> dict[str, str]:
+    """What "auto" takes, and for each backend "usable" or why not."""
+    found = {backend: why_unavailable(backend, request) or "usable" for backend in BACKENDS[1:]}
+    return {"auto": _automatic(request), **found}
+
+
 def _automatic(request: EngineRequest) -> str:
     for backend in ("graph", "openvino"):
         if why_unavailable(backend, request) is None:
@@ -82,10 +88,38 @@ def _make_eager(request: EngineRequest) -> Engine:
     return EagerEngine(request.denoiser, request.precision)
 
 
+def _why_not_compile(request: EngineRequest) -> str | None:
+    from dlmone_fast.runtime.engines.compiled import why_not_compile
+
+    return _why_not_eager(request) or why_not_compile(request.device)
+
+
+def _make_compile(request: EngineRequest) -> Engine:
+    from dlmone_fast.runtime.engines.compiled import CompileEngine
+
+    return CompileEngine(request.denoiser, request.precision)
+
+
+def _why_not_graph(request: EngineRequest) -> str | None:
+    from dlmone_fast.runtime.engines.graph import why_not_graph
+
+    return why_not_graph(request.denoiser, request.precision)
+
+
+def _make_graph(request: EngineRequest) -> Engine:
+    from dlmone_fast.runtime.engines.graph import GraphEngine
+
+    return GraphEngine(request.denoiser, request.precision)
+
+
 _CHECKS: dict[str, Callable[[EngineRequest], str | None]] = {
     "eager": _why_not_eager,
-    "compile": lambda request: "to come",
-    "graph": lambda request: "to come",
+    "compile": _why_not_compile,
+    "graph": _why_not_graph,
     "openvino": lambda request: "to come",
 }
-_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {"eager": _make_eager}
+_MAKERS: dict[str, Callable[[EngineRequest], Engine]] = {
+    "eager": _make_eager,
+    "compile": _make_compile,
+    "graph": _make_graph,
+}
