@@ -35,6 +35,9 @@ BERT_BASE = ModelConfig(vocab_size=VOCABULARY, normalize_embedding=True)
 _SMALL = PRESETS["qqp-small"]
 COMPACT = replace(_SMALL.model, vocab_size=_SMALL.data.vocab_size)
 
+TUNED_BATCHES = (1, 512)
+"""Where torch.compile is timed on a GPU: tuning takes minutes for each of them."""
+
 _LAST_WORD = 40
 _FITTED_ROWS, _RIDGE = 8, 1e-3
 _HEADS = ("how do i", "why should we", "what is the best way to", "how can you")

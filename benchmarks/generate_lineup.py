@@ -64,7 +64,7 @@ class Lineup:
         name, batch = contender.name, cases.prompts(self.batch)
         self.fields[name] = {}
         absent = contender.absent
-        if isinstance(contender, Peer) and self.batch not in (contender.batches or (self.batch,)):
+        if self.batch not in (contender.batches or (self.batch,)):
             absent = f"timed at batch {' and '.join(map(str, contender.batches))} only"
         if absent:
             self.fields[name]["note"] = f"absent: {absent}"

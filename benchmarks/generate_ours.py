@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import generate_targets as names
-from benchmarks.generate_cases import Inputs, Model, noised, prompts
+from benchmarks.generate_cases import TUNED_BATCHES, Inputs, Model, inputs, noised, prompts
 from benchmarks.generate_peers import NO_BF16, cpu_has_bf16
 from benchmarks.timing import Call
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.kernels.nearest_token import nearest_token, nearest_token_with_margin
 from dlmone_fast.runtime import GenerationOutput, Generator
+from dlmone_fast.runtime.engines import EngineRequest, why_unavailable
 
 # Those that "auto" takes first come first.
 _TRIED = {
@@ -45,9 +46,19 @@ class Own:
 
     @property
     def absent(self) -> str:
-        """Why it is not even tried; "": it is."""
+        """Why it cannot run here; "": it can, or its first call tells."""
         on_cpu = self.model.device.type == "cpu"
-        return NO_BF16 if on_cpu and self.precision == "bf16" and not cpu_has_bf16() else ""
+        if on_cpu and self.precision == "bf16" and not cpu_has_bf16():
+            return NO_BF16
+        given = inputs(self.model, 1)
+        request = EngineRequest(self.model.denoiser, self.precision, lambda: (given.x_t, given.t))
+        return why_unavailable(self.backend, request) or ""
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The sizes that it is timed at; empty: all."""
+        tuned = self.backend == "compile" and self.model.device.type == "cuda"
+        return TUNED_BATCHES if tuned else ()
 
     @functools.cached_property
     def generator(self) -> Generator:

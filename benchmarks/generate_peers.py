@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import generate_targets as names
-from benchmarks.generate_cases import Model
+from benchmarks.generate_cases import TUNED_BATCHES, Model
 from benchmarks.peers import expression_argmin, matmul_argmin
 from dlmone_fast.data.batches import source_batch
 
@@ -30,8 +30,6 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
 NO_BF16 = "no bf16 on this CPU"
 _OPSET = 17
-# Tuning takes minutes for each of them.
-_TUNED_BATCHES = (1, 512)
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def _on_gpu(model: Model) -> list[Peer]:
             lambda: _compiled(_autocast(model), "max-autotune"),
             rounding=argmin,
             dtype=bf16,
-            batches=_TUNED_BATCHES,
+            batches=TUNED_BATCHES,
         ),
     ]
 
