@@ -29,7 +29,8 @@ _TRIED = {
         ("eager", "bf16"), ("eager", "fp32"),
     ),
 }  # fmt: skip
-_CALIBRATION_PROMPTS = 32
+# Few: what a call costs does not depend on them, and each costs many calls.
+_CALIBRATION_PROMPTS = 2
 
 
 @dataclass(frozen=True, eq=False)

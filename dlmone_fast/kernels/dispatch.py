@@ -6,8 +6,9 @@ used or refused with `BackendUnavailableError`; only "auto" falls back.
 
 Precedence of the request: the `kernel_backend=` argument, then the innermost
 `force_backend(...)`, then the environment variable `DLMONE_KERNEL_BACKEND`, then "auto".
-The variable holds one name for every operation ("torch") or a list for single operations
-("nearest_token=cpp").
+The variable holds a list of backends: one for every operation ("torch"), for the operations of a
+file ("nearest_token=cpp") or for a single one ("nearest_token_with_margin=torch"). The entry that
+says the most about an operation counts, in whatever order they stand.
 """
 
 from __future__ import annotations
@@ -17,22 +18,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.errors import BackendUnavailableError, UsageError
 
 ENVIRONMENT_VARIABLE = "DLMONE_KERNEL_BACKEND"
 AUTO = "auto"
 
-OPERATIONS = (
-    "noise",
-    "forward_diffusion",
-    "distillation_loss",
-    "linear_cross_entropy",
-    "blocks",
-    "nearest_token",
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "noise": ("noise", "noise_bits"),
+    "forward_diffusion": ("forward_diffusion",),
+    "distillation_loss": ("distillation_loss",),
+    "linear_cross_entropy": ("linear_cross_entropy",),
+    "blocks": ("add_layer_norm", "input_layer_norm", "bias_gelu", "bias_tanh"),
+    "nearest_token": ("nearest_token", "nearest_token_with_margin"),
+}
+"""Operations by the module of this package that holds them; importing it registers their backends.
+
+A request may name a module, which means all of its operations, or an operation. Backward passes
+run on the backend of their forward pass and have no names here.
+"""
+
+BACKWARD = (
+    "forward_diffusion_backward",
+    "distillation_loss_gradients",
+    "linear_cross_entropy_backward",
 )
-"""The modules of this package that hold operations; importing one registers its backends."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,14 @@ def backends(op: str) -> tuple[Backend, ...]:
 def force_backend(name: str, op: str | None = None) -> Iterator[None]:
     """Within the block, run `op` (default: every operation) on the backend `name`.
 
-    "auto" lifts an outer request. Local to the current thread or asyncio task.
+    `op` is a key of `OPERATIONS` or a single operation. "auto" lifts an outer request. Local to
+    the current thread or asyncio task.
+
+    Raises:
+        UsageError: there is no such operation.
     """
+    if op is not None:
+        _check_operation("force_backend", op)
     token = _forced.set(((op, name), *_forced.get()))
     try:
         yield
@@ -118,19 +136,38 @@ requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _requested(op: str) -> str:
     for forced_op, name in _forced.get():
-        if forced_op in (None, op):
+        if forced_op is None or op == forced_op or op in OPERATIONS.get(forced_op, ()):
             return name
-    return _from_environment(op)
+    asked = _entries(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    return asked.get(op) or asked.get("", AUTO)
 
 
-def _from_environment(op: str) -> str:
-    for entry in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
-        name, separator, value = entry.strip().partition("=")
-        if not separator and name:
-            return name
-        if separator and name == op:
-            return value
-    return AUTO
+@lru_cache(maxsize=16)
+def _entries(text: str) -> dict[str, str]:
+    """Backends by operation, "" for all others, as a value of the environment variable says."""
+    of_modules: dict[str, str] = {}
+    of_operations: dict[str, str] = {}
+    for entry in filter(None, map(str.strip, text.split(","))):
+        op, separator, name = (part.strip() for part in entry.rpartition("="))
+        if separator:
+            _check_operation(ENVIRONMENT_VARIABLE, op)
+        if not name or op in of_operations:
+            raise UsageError(
+                f"{ENVIRONMENT_VARIABLE}: expected a backend for all operations, or "
+                f"operation=backend, each named once, separated by commas, got {text!r}"
+            )
+        of_operations[op] = name
+        of_modules.update(dict.fromkeys(OPERATIONS.get(op, ()), name))
+    return of_modules | of_operations
+
+
+def _check_operation(where: str, op: str) -> None:
+    known = {*OPERATIONS, *(each for ops in OPERATIONS.values() for each in ops), *_BACKENDS}
+    known.difference_update(BACKWARD)
+    if op not in known:
+        raise UsageError(
+            f"{where}: there is no operation {op!r}; known are {', '.join(sorted(known))}"
+        )
 
 
 def _refusal(op: str, wanted: str, reasons: dict[str, str | None], tensors: tuple[Any, ...]) -> str:

@@ -144,7 +144,7 @@ class _DistillationLoss(torch.autograd.Function):
         arguments = (*ctx.saved_tensors, upstream, ctx.rest, ctx.count)
         if ctx.unclaimed:
             gradients = ctx.unclaimed.pop()
-            # Overwrites those of samples whose factor is not 1; the device decides.
+            # Triton's: overwrites those of samples whose factor is not 1; the device decides.
             backend = dispatch.select(GRADIENTS, upstream, kernel_backend=ctx.wanted)
             backend.run(*arguments, gradients[: ctx.count])
         else:
@@ -198,7 +198,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first `count` gradients times `upstream` [B], from the inputs and s [B]."""
     backend = dispatch.select(GRADIENTS, x, kernel_backend=wanted)
-    made = backend.run(x, x0_teacher, x0_score, mask, scale, upstream, rest, count, None)
+    made = backend.run(x, x0_teacher, x0_score, mask, scale, upstream, rest, count)
     first, second, third = _padded(made, x)
     return first, second, third
 
@@ -351,7 +351,6 @@ def _torch_gradients(
     upstream: Tensor | None,
     rest: float,
     count: int,
-    into: list[Tensor] | None = None,
 ) -> list[Tensor]:
     if not count:
         return []
@@ -361,11 +360,11 @@ def _torch_gradients(
     s = torch.where(target, s, 0)
     a = _only(target, x0_teacher.float() - x0_score)
     if count == 1:
-        return [a.mul_(s).neg_().to(x.dtype)]
+        return [a.mul_(s).neg_().to(x.dtype).contiguous()]
     of_teacher = _only(target, x0_score.float() - x).add_(a, alpha=2 * rest).mul_(s)
     of_x = a.mul_(s).neg()
     made = [of_x, of_teacher, a.sub_(of_teacher)]
-    return [part.to(x.dtype) for part in made]
+    return [part.to(x.dtype).contiguous() for part in made]
 
 
 def _only(target: Tensor, values: Tensor) -> Tensor:

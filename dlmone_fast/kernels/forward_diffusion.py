@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch, native
-from dlmone_fast.kernels.noise import PerRow, draws_of, normal_of_draws
+from dlmone_fast.kernels.draws import PerRow, check_draws, stream_word
+from dlmone_fast.kernels.forward_diffusion_arguments import (
+    check_device,
+    check_factors,
+    check_id_values,
+    check_ids,
+    check_source,
+    draws_for,
+    targets_of,
+)
+from dlmone_fast.kernels.noise import normal_of_draws
 from dlmone_fast.kernels.triton import support
 
 _OP = "forward_diffusion"
 _BACKWARD = "forward_diffusion_backward"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def forward_diffusion(
@@ -53,14 +61,14 @@ def forward_diffusion(
         UsageError: shapes, dtypes, devices or values that do not fit.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    _check_source("x0", x0, 3, "[B, L, d]")
+    check_source("x0", x0, 3, "[B, L, d]")
     rows, length = x0.shape[:2]
-    _check_factors(rows, x0.device, alpha=alpha, sigma=sigma)
-    targets = _targets(mask, rows, length, x0.device)
-    draws = _draws_for(rows, seed, sample, step, x0.device)
+    check_factors(rows, x0.device, alpha=alpha, sigma=sigma)
+    targets = targets_of(mask, rows, length, x0.device)
+    draws = draws_for(rows, seed, sample, step, x0.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
-        x0, None, alpha, sigma, targets, draws, _stream(stream), wanted
+        x0, None, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
     )
     return x_t
 
@@ -81,21 +89,23 @@ def forward_diffusion_of_tokens(
     """`forward_diffusion` of x_0 = embedding[ids], which the kernels never store.
 
     Args:
-        ids: integers [B, L] in [0, V). On a CPU they are checked; on a GPU one outside of the
-            table gives a row of NaN (triton) or torch's device-side assertion (torch).
+        ids: integers [B, L] in [0, V). On a CPU they are checked, also in compiled graphs. On a
+            GPU nobody looks at them: the row of one outside of the table is NaN (triton); torch
+            counts down to -V from the table's end and stops with a device-side assertion beyond.
+            The gradient of such a row is added to a row at the table's edge.
         embedding: [V, d] in fp32, fp16 or bf16; its gradient is summed in fp32, in one order.
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    _check_source("embedding", embedding, 2, "[V, d]")
-    _check_ids(ids, embedding)
+    check_source("embedding", embedding, 2, "[V, d]")
+    check_ids(ids, embedding)
     rows, length = ids.shape
-    _check_factors(rows, embedding.device, alpha=alpha, sigma=sigma)
-    targets = _targets(mask, rows, length, embedding.device)
-    draws = _draws_for(rows, seed, sample, step, embedding.device)
+    check_factors(rows, embedding.device, alpha=alpha, sigma=sigma)
+    targets = targets_of(mask, rows, length, embedding.device)
+    draws = draws_for(rows, seed, sample, step, embedding.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
-        embedding, ids.long(), alpha, sigma, targets, draws, _stream(stream), wanted
+        embedding, ids.long(), alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
     )
     return x_t
 
@@ -119,15 +129,18 @@ def diffuse_of_draws(
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    _check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
+    check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
     if ids is not None:
-        _check_ids(ids, source)
+        check_ids(ids, source)
+        ids = ids.long()
     rows, length = source.shape[:2] if ids is None else ids.shape
-    _check_factors(rows, source.device, alpha=alpha, sigma=sigma)
-    targets = _targets(mask, rows, length, source.device)
+    check_factors(rows, source.device, alpha=alpha, sigma=sigma)
+    targets = targets_of(mask, rows, length, source.device)
+    check_draws(_OP, draws, rows)
+    check_device("draws", draws, source.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     run = _diffuse if torch.compiler.is_compiling() else _run_diffuse
-    return run(source, ids, alpha, sigma, targets, draws, int(stream), wanted)
+    return run(source, ids, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted)
 
 
 class _ForwardDiffusion(torch.autograd.Function):
@@ -167,6 +180,8 @@ def _run_diffuse(
     stream: int,
     wanted: str,
 ) -> Tensor:
+    if ids is not None:
+        check_id_values(ids, len(source))
     backend = dispatch.select(_OP, source, kernel_backend=wanted)
     # Plain torch asked for by name is plain throughout; else its noise may come from a kernel.
     noise_backend = {"noise_backend": wanted} if backend.name == "torch" else {}
@@ -210,7 +225,9 @@ def _to_table(
 ) -> Tensor:
     backend = dispatch.select(_BACKWARD, grad, kernel_backend=wanted)
     scaled = backend.run(grad, alpha, targets, torch.float32)
-    # torch sorts the ids and sums in that order: no atomics, the same bits every time.
+    # torch sorts the ids and sums in that order: no atomics, the same bits every time. Ids that
+    # nobody checked, on a GPU, must not make it write outside of the gradient.
+    ids = ids.clamp(0, vocabulary - 1)
     return torch.ops.aten.embedding_dense_backward(scaled, ids, vocabulary, -1, False)
 
 
@@ -244,11 +261,9 @@ def _triton_backward(
 
 
 def _cpp_usable(x: Tensor, *others: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"it runs on CPU tensors, not on {x.device.type}"
-    if x.dtype != torch.float32:
+    if x.device.type == "cpu" and x.dtype != torch.float32:
         return f"it computes in float32, not in {x.dtype}"
-    return native.why_missing()
+    return native.why_not_on(x)
 
 
 def _cpp(
@@ -266,7 +281,7 @@ def _cpp(
     ids = None if ids is None else ids.contiguous()
     targets = None if targets is None else targets.contiguous()
     rows, length = source.shape[:2] if ids is None else ids.shape
-    out = torch.empty(rows, length, source.shape[-1], dtype=torch.float32)
+    out = source.new_empty(rows, length, source.shape[-1])
     native.module().forward_diffusion(
         draws=draws.data_ptr(),
         rows=rows,
@@ -300,7 +315,9 @@ def _torch(
     noise = normal_of_draws(draws, stream, length, channels, kernel_backend=noise_backend)
     x_t = noise.mul_(sigma[:, None, None]).add_(x0.float() * alpha[:, None, None])
     x_t = x_t.to(x0.dtype)
-    return x_t if targets is None else torch.where(targets[..., None], x_t, x0)
+    if targets is not None:
+        x_t = torch.where(targets[..., None], x_t, x0)
+    return x_t.contiguous()
 
 
 def _torch_backward(
@@ -309,85 +326,7 @@ def _torch_backward(
     factor = alpha[:, None]
     if targets is not None:
         factor = torch.where(targets, factor, 1.0)
-    return (grad * factor[..., None]).to(dtype)
-
-
-def _stream(stream: int) -> int:
-    if not 0 <= stream < 1 << 32:
-        raise UsageError(f"{_OP}: stream must lie in [0, 2^32), got {stream}; see noise.Stream")
-    return int(stream)
-
-
-def _check_source(name: str, source: Tensor, dim: int, shape: str) -> None:
-    if source.dim() != dim or source.shape[-1] < 1:
-        raise UsageError(
-            f"{_OP}: {name} must have shape {shape} with d >= 1, got {tuple(source.shape)}"
-        )
-    if source.dtype not in _DTYPES:
-        raise UsageError(
-            f"{_OP}: {name} must be float32, float16 or bfloat16, got {source.dtype}; "
-            "convert it with .float()"
-        )
-
-
-def _check_ids(ids: Tensor, embedding: Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise UsageError(f"{_OP}: ids must be integers [B, L], got {ids.dtype} {tuple(ids.shape)}")
-    _check_device("ids", ids, embedding.device)
-    # Reading ids back would stall a GPU; while a graph is traced there is nothing to read.
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
-        return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
-    if low < 0 or high >= len(embedding):
-        raise UsageError(
-            f"{_OP}: ids must lie in [0, {len(embedding)}), the rows of embedding, "
-            f"got values from {low} to {high}; tokenize with the model's own vocabulary"
-        )
-
-
-def _check_factors(rows: int, device: torch.device, **factors: Tensor) -> None:
-    for name, factor in factors.items():
-        if factor.shape != (rows,) or factor.dtype != torch.float32:
-            raise UsageError(
-                f"{_OP}: {name} must be float32 [{rows}], one value a row, "
-                f"got {factor.dtype} {tuple(factor.shape)}"
-            )
-        _check_device(name, factor, device)
-        if factor.requires_grad:
-            raise UsageError(f"{_OP}: {name} gets no gradient; pass {name}.detach()")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise UsageError(
-            f"{_OP}: {name} is on {tensor.device} and the data on {device}; move it there"
-        )
-
-
-def _targets(mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.shape != (rows, length) or mask.is_complex():
-        raise UsageError(
-            f"{_OP}: mask must be real [{rows}, {length}], 0 on source positions, "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
-    _check_device("mask", mask, device)
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
-def _draws_for(
-    rows: int, seed: PerRow, sample: PerRow, step: PerRow, device: torch.device
-) -> Tensor:
-    draws = draws_of(seed, sample, step, device)
-    if len(draws) == rows:
-        return draws
-    if rows == 0 and len(draws) == 1:
-        return draws[:0]
-    raise UsageError(
-        f"{_OP}: seed, sample and step name {len(draws)} row(s) of noise for {rows} row(s) of "
-        "data; give one of them an entry for each row (sample: the row's sample index)"
-    )
+    return (grad * factor[..., None]).to(dtype).contiguous()
 
 
 dispatch.register(

@@ -41,9 +41,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of softmax(h E^T + b) with the targets, position by position.
 
-    Differentiable once in h, embedding and bias. Computes in the dtypes it is given, also under
-    autocast: products of 16-bit numbers add up in fp32, and the softmax is fp32. Of two dtypes
-    the wider one is used; cast the table for tensor-core speed on a GPU. Deterministic.
+    Differentiable once in h, embedding and bias; create_graph=True is refused, but for losses of
+    up to 2^18 logits on a CPU, which plain torch computes. Computes in the dtypes it is given, also
+    under autocast: products of 16-bit numbers add up in fp32, and the softmax is fp32. Of two
+    dtypes the wider one is used; cast the table for tensor-core speed on a GPU. Deterministic.
 
     Args:
         h: [..., d] in fp32, fp16 or bf16, any strides.
@@ -60,7 +61,8 @@ def linear_cross_entropy(
         fp32 [...]: losses in nats, 0 at positions that are not selected.
 
     Raises:
-        UsageError: shapes, dtypes or devices that do not fit, or targets outside the vocabulary.
+        UsageError: shapes, dtypes or devices that do not fit, targets outside the vocabulary, or,
+            in the backward pass, create_graph=True.
         BackendUnavailableError: the backend asked for cannot run here.
     """
     _check(h, embedding, targets, bias, mask)
@@ -120,6 +122,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UsageError(
+                "linear_cross_entropy: its gradients cannot be differentiated again; "
+                "call backward or autograd.grad without create_graph=True"
+            )
         wants = [bool(needed) for needed in ctx.needs_input_grad[:3]]
         run = _op(_backward, _run_backward)
         found = run(gradient, *ctx.saved_tensors, ctx.wanted, *wants)

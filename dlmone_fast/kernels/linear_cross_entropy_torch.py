@@ -74,8 +74,9 @@ def run_backward(
         de = kept.T @ weighted if want_embedding else None
         db = kept.T @ weight if want_bias else None
     else:
-        dx = torch.zeros_like(x) if want_h else None
-        de = torch.zeros_like(embedding, dtype=torch.float32) if want_embedding else None
+        # Contiguous, as the fake kernels promise, whatever the strides of x and the table.
+        dx = x.new_zeros(x.shape) if want_h else None
+        de = x.new_zeros(embedding.shape) if want_embedding else None
         db = x.new_zeros(len(embedding)) if want_bias else None
         _again(x, embedding, bias, y, m, s, weighted, weight, dx, de, db)
     if dx is not None:

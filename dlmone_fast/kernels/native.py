@@ -7,9 +7,14 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from dlmone_fast.errors import BackendUnavailableError
 
 _MODULE = "dlmone_fast._C"
+# The limit that csrc/bindings.h sets.
+_MOST_THREADS = 1024
 _BUILD_NOTE = Path(__file__).resolve().parent.parent / "_native_build.txt"
 
 
@@ -41,6 +46,16 @@ def is_available() -> bool:
 def why_missing() -> str | None:
     """One line saying why the extension cannot be used, or None when it can."""
     return _load()[1]
+
+
+def why_not_on(tensor: Tensor) -> str | None:
+    """One line saying why the CPU code cannot run on the tensor, or None when it can."""
+    if tensor.device.type != "cpu":
+        return f"it runs on CPU tensors, not on {tensor.device.type}"
+    threads = torch.get_num_threads()
+    if threads > _MOST_THREADS:
+        return f"it takes at most {_MOST_THREADS} threads, and torch.set_num_threads set {threads}"
+    return why_missing()
 
 
 def module() -> ModuleType:

@@ -25,6 +25,8 @@ __all__ = ["Vocabulary", "nearest_token", "nearest_token_with_margin"]
 
 _IDS = "nearest_token"
 _MARGIN = "nearest_token_with_margin"
+# The limit that csrc/bind_nearest_token.cpp sets.
+_WIDEST_ON_CPU = 1 << 20
 
 
 def nearest_token(
@@ -157,20 +159,20 @@ def _cuda_proven() -> bool:
 
 
 def _cpp_usable(rows: Tensor, table: Tensor) -> str | None:
-    if rows.device.type != "cpu":
-        return f"it runs on CPU tensors, not on {rows.device.type}"
-    return native.why_missing()
+    if rows.shape[-1] > _WIDEST_ON_CPU:
+        return f"it takes at most {_WIDEST_ON_CPU} channels, got {rows.shape[-1]}"
+    return native.why_not_on(rows)
 
 
 def _cpp(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> Tensor:
-    ids = torch.empty(len(rows), dtype=torch.int64)
+    ids = rows.new_empty(len(rows), dtype=torch.int64)
     _call_native(rows, vocabulary, path, ids, 0)
     return ids
 
 
 def _cpp_with_margin(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> tuple[Tensor, Tensor]:
-    ids = torch.empty(len(rows), dtype=torch.int64)
-    margin = torch.empty(len(rows), dtype=torch.float32)
+    ids = rows.new_empty(len(rows), dtype=torch.int64)
+    margin = rows.new_empty(len(rows), dtype=torch.float32)
     _call_native(rows, vocabulary, path, ids, margin.data_ptr())
     return ids, margin
 
@@ -178,12 +180,12 @@ def _cpp_with_margin(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> tu
 def _call_native(
     rows: Tensor, vocabulary: Vocabulary, path: str, ids: Tensor, margins: int
 ) -> None:
-    rows, table = _unit_stride(rows.float()), vocabulary.prepared("fp32", _readable)
+    rows, table = _unit_stride(rows.float()), _fp32(vocabulary)
     packed = None
     # A table that is used once is packed on its way through the cache instead.
     if not vocabulary.transient:
         path = path or native.cpu_paths()[0]
-        packed = vocabulary.prepared(("packed", path), lambda _: _pack(table, path))
+        packed = vocabulary.prepared(("packed", path), lambda t: _pack(_readable(t), path))
     native.module().nearest_token(
         x=rows.data_ptr(),
         n=len(rows),
@@ -203,7 +205,8 @@ def _call_native(
 def _pack(table: Tensor, path: str) -> Tensor:
     """What the path reads in place of the table, as bytes; torch aligns them to 64."""
     rows, width = table.shape
-    packed = torch.empty(native.module().packed_bytes(rows, width, path), dtype=torch.uint8)
+    size = native.module().packed_bytes(rows, width, path)
+    packed = table.new_empty(size, dtype=torch.uint8)
     native.module().pack_vocabulary(
         embedding=table.data_ptr(),
         v=rows,
@@ -217,6 +220,11 @@ def _pack(table: Tensor, path: str) -> Tensor:
     return packed
 
 
+def _fp32(vocabulary: Vocabulary) -> Tensor:
+    """The table in fp32, rows contiguous: the table itself where it is that already."""
+    return vocabulary.prepared("fp32", _readable)
+
+
 def _readable(table: Tensor) -> Tensor:
     return _unit_stride(table.float())
 
@@ -226,12 +234,11 @@ def _unit_stride(matrix: Tensor) -> Tensor:
 
 
 def _torch(rows: Tensor, vocabulary: Vocabulary) -> Tensor:
-    return nearest_token_torch.run(rows.float(), vocabulary.prepared("float", Tensor.float))
+    return nearest_token_torch.run(rows.float(), _fp32(vocabulary))
 
 
 def _torch_with_margin(rows: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    table = vocabulary.prepared("float", Tensor.float)
-    return nearest_token_torch.run_with_margin(rows.float(), table)
+    return nearest_token_torch.run_with_margin(rows.float(), _fp32(vocabulary))
 
 
 def _triton(rows: Tensor, vocabulary: Vocabulary) -> Tensor:

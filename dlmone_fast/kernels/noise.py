@@ -30,44 +30,36 @@ of both. Each backend gives a row the same bits in any batch.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from enum import IntEnum
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch, native, philox
+from dlmone_fast.kernels.draws import (
+    LIMIT,
+    PerRow,
+    Stream,
+    check_draws,
+    device_of,
+    draws_of,
+    key_of,
+    stream_word,
+    word,
+)
 from dlmone_fast.kernels.triton import support
 
-_MASK = 0xFFFFFFFF
-_LIMIT = 1 << 32
-PerRow: TypeAlias = int | Sequence[int] | Tensor
-
-
-class Stream(IntEnum):
-    """What a random number is for: the first counter word. Values never change meaning."""
-
-    GENERATION = 0
-    DATA_ORDER = 1
-    TIMESTEP = 2
-    SCORE_LATENT = 3
-    SCORE_FAKE_NOISE = 4
-    SCORE_REAL_NOISE = 5
-    SCORE_TIMESTEP = 6
-    GENERATOR_LATENT = 7
-    GENERATOR_NOISE = 8
-    GENERATOR_TIMESTEP = 9
-    EMBEDDING_NOISE = 10
-    TEACHER_NOISE = 11
-    DROPOUT = 13
-    BATCH_REAL = 14
-    BATCH_FAKE = 15
-    EVALUATION = 16
-    REAL_EMBEDDING_NOISE = 17
-    GENERATOR_EMBEDDING_NOISE = 18
+__all__ = [
+    "PerRow",
+    "Stream",
+    "draws_of",
+    "normal",
+    "normal_of_draws",
+    "permutation",
+    "philox_4x32",
+    "random_bits",
+    "uniform_integers",
+    "words_of_draws",
+]
 
 
 def philox_4x32(key: tuple[Tensor | int, Tensor | int], counter: Tensor) -> Tensor:
@@ -92,9 +84,10 @@ def random_bits(
     Word `index` is word index % 4 of the block with c3 = index // 4. Sequences count as 1-D
     tensors. The result lies on the device of the first tensor argument (default: CPU).
     """
-    device = _device_of(sample, step, index, seed)
-    words = torch.as_tensor(_word("index", index, device, limit=4 * _LIMIT), device=device)
-    stacked = torch.stack(_block(seed, stream, sample, step, words >> 2, device), dim=-1)
+    device = device_of(sample, step, index, seed)
+    words = torch.as_tensor(word("index", index, device, limit=4 * LIMIT), device=device)
+    purpose = stream_word("random_bits", stream)
+    stacked = torch.stack(_block(seed, purpose, sample, step, words >> 2, device), dim=-1)
     return stacked.gather(-1, (words & 3).expand(stacked.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 
@@ -124,31 +117,12 @@ def normal(
     whatever the other rows are, bit for bit.
 
     Raises:
-        UsageError: an argument out of range, or per-row lengths that differ.
+        UsageError: an argument out of range or not an integer, or per-row lengths that differ.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    target = torch.device(device) if device is not None else _device_of(sample, step, seed)
+    target = torch.device(device) if device is not None else device_of(sample, step, seed)
     draws = draws_of(seed, sample, step, target)
     return normal_of_draws(draws, stream, positions, channels, kernel_backend=kernel_backend)
-
-
-def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:
-    """What a row's noise depends on besides stream and position: int64 [B, 4] on `device`.
-
-    The columns are k0, k1, sample, step, each in [0, 2^32). Arguments and errors as for `normal`.
-    """
-    columns = [*_key(seed, device), _word("sample", sample, None), _word("step", step, None)]
-    if not any(isinstance(column, Tensor) for column in columns):
-        return torch.tensor([columns], dtype=torch.int64, device=device)
-    rows = _row_count(seed=seed, sample=sample, step=step)
-    draws = torch.empty(rows, 4, dtype=torch.int64, device=device)
-    for name, column in (("sample", columns[2]), ("step", columns[3])):
-        if isinstance(column, Tensor) and column.dim() > 1:
-            shape = tuple(column.shape)
-            raise UsageError(f"{name} must be one number or 1-D, got shape {shape}")
-    for place, column in enumerate(columns):
-        draws[:, place] = column
-    return draws
 
 
 def normal_of_draws(
@@ -158,12 +132,12 @@ def normal_of_draws(
 
     The contents of `draws` are not read back: they may sit in memory that a CUDA graph rewrites.
     """
-    _check_draws("normal", draws, stream)
+    check_draws("normal", draws)
+    purpose = stream_word("normal", stream)
     _blocks_of(positions, channels)
     wanted = dispatch.requested("noise", kernel_backend)
-    if torch.compiler.is_compiling():
-        return _normal(draws, int(stream), positions, channels, wanted)
-    return _run_normal(draws, int(stream), positions, channels, wanted)
+    run = _normal if torch.compiler.is_compiling() else _run_normal
+    return run(draws, purpose, positions, channels, wanted)
 
 
 def words_of_draws(
@@ -178,14 +152,13 @@ def words_of_draws(
         first: the first of them; first + count <= 2^32.
         kernel_backend: "triton", "cpp", "torch", "auto"; default as `dispatch` says.
     """
-    _check_draws("words_of_draws", draws, stream)
-    if first < 0 or count < 0 or first + count > _LIMIT:
+    check_draws("words_of_draws", draws)
+    purpose = stream_word("words_of_draws", stream)
+    if first < 0 or count < 0 or first + count > LIMIT:
         raise UsageError(
             f"words_of_draws: counters must lie in [0, 2^32), got first={first} and count={count}"
         )
-    return _words(
-        draws, int(stream), first, count, dispatch.requested("noise_bits", kernel_backend)
-    )
+    return _words(draws, purpose, first, count, dispatch.requested("noise_bits", kernel_backend))
 
 
 def uniform_integers(
@@ -199,7 +172,8 @@ def uniform_integers(
     span = high - low
     if not 1 <= span < 1 << 31:
         raise UsageError(f"uniform_integers: expected 1 <= high - low < 2^31, got [{low}, {high})")
-    lower, upper = _block(seed, stream, sample, step, 0, _device_of(sample, step, seed))[:2]
+    purpose = stream_word("uniform_integers", stream)
+    lower, upper = _block(seed, purpose, sample, step, 0, device_of(sample, step, seed))[:2]
     return low + ((upper * span + (lower * span >> 32)) >> 32)
 
 
@@ -209,14 +183,15 @@ def permutation(seed: int, stream: int, epoch: int, n: int) -> Tensor:
     Items are sorted by a 64-bit key: words 0 (high half) and 1 (low half) of the block with
     sample = item, step = epoch. Equal keys keep the item order.
     """
-    if not 0 <= n <= _LIMIT:
+    if not 0 <= n <= LIMIT:
         raise UsageError(f"permutation: n must lie in [0, 2^32], got {n}")
-    items = torch.arange(n, dtype=torch.int64)
+    purpose = stream_word("permutation", stream)
+    items = torch.arange(n, dtype=torch.int64, device="cpu")
     words = philox.rounds(
-        _key(seed, items.device), (int(stream), items, _word("step", epoch, None), 0)
+        key_of(seed, items.device), (purpose, items, word("epoch", epoch, None), 0)
     )
     # Subtracting 2^31 keeps the unsigned order in the signed 64-bit keys.
-    keys = torch.as_tensor(words[0]) - (1 << 31) << 32 | torch.as_tensor(words[1])
+    keys = words[0] - (1 << 31) << 32 | words[1]
     return torch.argsort(keys, stable=True)
 
 
@@ -229,8 +204,8 @@ def _block(
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """The four words of one counter block each, broadcast to the arguments' common shape."""
-    samples, steps = _word("sample", sample, device), _word("step", step, device)
-    words = philox.rounds(_key(seed, device), (int(stream), samples, steps, position))
+    samples, steps = word("sample", sample, device), word("step", step, device)
+    words = philox.rounds(key_of(seed, device), (stream, samples, steps, position))
     return torch.broadcast_tensors(*words)
 
 
@@ -274,14 +249,12 @@ def _triton_words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
 
 
 def _cpp_usable(draws: Tensor, *others: Tensor) -> str | None:
-    if draws.device.type != "cpu":
-        return f"it runs on CPU tensors, not on {draws.device.type}"
-    return native.why_missing()
+    return native.why_not_on(draws)
 
 
 def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:
     rows, draws = draws.shape[0], draws.contiguous()
-    out = torch.empty(rows, positions, channels, dtype=torch.float32)
+    out = draws.new_empty(rows, positions, channels, dtype=torch.float32)
     native.module().normal(
         draws.data_ptr(),
         rows,
@@ -297,7 +270,7 @@ def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = 
 
 def _cpp_words(draws: Tensor, stream: int, first: int, count: int, path: str = "") -> Tensor:
     rows, draws = draws.shape[0], draws.contiguous()
-    out = torch.empty(rows, count, 4, dtype=torch.int64)
+    out = draws.new_empty(rows, count, 4)
     native.module().philox_words(
         draws.data_ptr(),
         rows,
@@ -311,16 +284,6 @@ def _cpp_words(draws: Tensor, stream: int, first: int, count: int, path: str = "
     return out
 
 
-def _check_draws(op: str, draws: Tensor, stream: int) -> None:
-    if draws.dtype != torch.int64 or draws.dim() != 2 or draws.shape[1] != 4:
-        raise UsageError(
-            f"{op}: draws must be int64 [B, 4] (k0, k1, sample, step), "
-            f"got {draws.dtype} {tuple(draws.shape)}; make them with draws_of"
-        )
-    if not 0 <= stream < _LIMIT:
-        raise UsageError(f"{op}: stream must lie in [0, 2^32), got {stream}; see noise.Stream")
-
-
 def _blocks_of(positions: int, channels: int) -> int:
     if positions < 0 or channels < 1:
         raise UsageError(
@@ -328,77 +291,12 @@ def _blocks_of(positions: int, channels: int) -> int:
             f"got positions={positions}, channels={channels}"
         )
     blocks = -(-channels // 4)
-    if positions * blocks > _LIMIT:
+    if positions * blocks > LIMIT:
         raise UsageError(
             f"normal: positions * ceil(channels / 4) must not exceed 2^32 (one counter word), "
             f"got {positions} * {blocks}"
         )
     return blocks
-
-
-def _device_of(*values: int | Sequence[int] | Tensor) -> torch.device:
-    return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
-
-
-def _row_count(**values: PerRow) -> int:
-    lengths = {n: len(v) for n, v in values.items() if not isinstance(v, int) and _is_per_row(v)}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise UsageError(f"per-row arguments must have one length, but {listed}")
-    return next(iter(lengths.values()), 1)
-
-
-def _is_per_row(value: PerRow) -> bool:
-    return value.dim() == 1 if isinstance(value, Tensor) else isinstance(value, Sequence)
-
-
-def _key(seed: PerRow, device: torch.device) -> tuple[Tensor | int, Tensor | int]:
-    if isinstance(seed, Tensor):
-        seed = seed.tolist()
-    if not isinstance(seed, Sequence):
-        value = _seed(seed)
-        return value & _MASK, value >> 32
-    # Seeds use all 64 bits, which int64 tensors cannot hold: split them as Python ints.
-    values = [_seed(s) for s in seed]
-    halves = [[v & _MASK for v in values], [v >> 32 for v in values]]
-    low, high = torch.tensor(halves, dtype=torch.int64, device=device)
-    return low, high
-
-
-def _seed(seed: object) -> int:
-    try:
-        value = operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        raise UsageError(f"seed must be an int, got {type(seed).__name__}") from None
-    if not 0 <= value < 1 << 64:
-        raise UsageError(f"seed must lie in [0, 2^64), got {value}")
-    return value
-
-
-def _word(
-    name: str, value: PerRow, device: torch.device | None, limit: int = _LIMIT
-) -> Tensor | int:
-    """`value` as an int or an int64 tensor on `device`, all of it in [0, limit)."""
-    if isinstance(value, Tensor):
-        tensor = value.to(device=device, dtype=torch.int64)
-    elif isinstance(value, Sequence):
-        tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    else:
-        value = operator.index(value)
-        if not 0 <= value < limit:
-            raise UsageError(f"{name} must lie in [0, {limit}), got {value}")
-        return value
-    # A device tensor is not read back: that would stall the stream at every draw. While a graph
-    # is traced there is nothing to read.
-    readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and tensor.numel() and not _within(tensor, limit):
-        raise UsageError(f"{name} must lie in [0, {limit}), got {tensor.tolist()}")
-    return tensor
-
-
-def _within(tensor: Tensor, limit: int) -> bool:
-    low, high = torch.aminmax(tensor)
-    return bool(low >= 0) and bool(high < limit)
 
 
 dispatch.register(

@@ -54,7 +54,12 @@ def rounds(key: tuple[Tensor | int, Tensor | int], counter: Sequence[Tensor | in
         c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
         c1, c3 = _wrap(product1), _wrap(product0)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [torch.as_tensor(word) for word in (c0, c1 & _MASK, c2, c3 & _MASK)]
+    return [_tensor(word) for word in (c0, c1 & _MASK, c2, c3 & _MASK)]
+
+
+def _tensor(word: Tensor | int) -> Tensor:
+    # Numbers alone are drawn on the CPU, whatever torch's default device is.
+    return word if isinstance(word, Tensor) else torch.tensor(word, device="cpu")
 
 
 def _wrap(product: Tensor | int) -> Tensor | int:

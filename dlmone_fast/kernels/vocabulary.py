@@ -24,14 +24,25 @@ class Vocabulary:
     """E [V, d] and what each backend makes of it, kept until the table changes.
 
     Pass one to `nearest_token` instead of the tensor wherever the same table rounds many times.
-    The first call on a backend prepares its copy: packed panels in 8 bits or fp32 on a CPU
-    (V d bytes or four times that), a 16-bit table and half norms on a GPU (2 V d bytes). Later
-    calls, from any thread, only read it.
+    The first call on a backend prepares what it reads. Later calls, from any thread, only read.
+    Bytes held besides the table:
+
+    * on CPUs 4 V d for a copy in fp32, which "torch" and "cpp" share, unless the table is fp32
+      with contiguous rows. "cpp" also packs panels: about 1.1 V d in 8 bits where the CPU has
+      VNNI, else 4.1 V d. Together that is 5.1 or 8.1 V d for a 16-bit table.
+    * on GPUs 2 V d for a copy in 16 bits, with d rounded up (triton: to a power of two up to 128,
+      beyond to a multiple of 64; cuda: to a multiple of 16), for each of the two types there may
+      be, and 4 V for half norms. "torch" holds 4 V d in fp32 instead, as on CPUs.
 
     The table is shared, not copied. In-place changes that torch counts (`tensor._version`) are
-    seen at the next call, which prepares again. Not seen are writes through `.data`, through
-    memory shared with another library, and in tables made under `torch.inference_mode`: call
-    `forget` after those. A CUDA graph that was captured keeps reading what it was captured with.
+    seen at the next call, which prepares again and frees what it prepared before. Not seen are
+    writes through `.data`, through memory shared with another library, and in tables made under
+    `torch.inference_mode`: call `forget` after those.
+
+    On a GPU a call that prepares waits for it, so that other streams may read at once. Change the
+    table when they have done so. A CUDA graph reads what was prepared before it was captured, by
+    address: call once before capturing (preparing inside a capture is refused), and as long as the
+    graph is replayed keep the vocabulary, leave its table unchanged and do not `forget`.
 
     Args:
         embedding: E [V, d] in fp32, fp16 or bf16, any strides, V, d >= 1.
@@ -75,7 +86,13 @@ class Vocabulary:
             self._kept.clear()
 
     def prepared(self, key: Hashable, make: Callable[[Tensor], T]) -> T:
-        """`make(table)`, called once for each key and state of the table."""
+        """`make(table)`, called once for each key and state of the table.
+
+        `make` must use its argument, and nothing prepared before: the table may have changed.
+
+        Raises:
+            UsageError: a CUDA graph is being captured, and the table was not prepared before.
+        """
         version = _version(self.table)
         kept = self._kept.get(key)
         if kept is not None and kept[0] == version:
@@ -84,10 +101,29 @@ class Vocabulary:
         with self._lock:
             kept = self._kept.get(key)
             if kept is None or kept[0] != version:
-                kept = version, make(self.table)
+                kept = version, self._make(make)
                 self._kept[key] = kept
             made: T = kept[1]
             return made
+
+    def _make(self, make: Callable[[Tensor], T]) -> T:
+        # What serves a single call is read by that call's stream alone.
+        if self.table.is_cuda and not self.transient:
+            return _make_for_all_streams(make, self.table)
+        return make(self.table)
+
+
+def _make_for_all_streams(make: Callable[[Tensor], T], table: Tensor) -> T:
+    with torch.cuda.device(table.device):
+        if torch.cuda.is_current_stream_capturing():
+            raise UsageError(
+                "nearest_token: the vocabulary is not prepared, and a CUDA graph that is being "
+                "captured would fill it only when replayed; call nearest_token once with this "
+                "vocabulary, these dtypes and this backend before the capture"
+            )
+        made = make(table)
+        torch.cuda.current_stream().synchronize()
+    return made
 
 
 def _version(table: Tensor) -> int | None:

@@ -39,8 +39,16 @@ class Backbone(nn.Module):
 
     def features(self, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state [B, L, H], and the residual sum before its LayerNorm."""
+        return self.encode(x_t, self.time_vector(time))
+
+    def time_vector(self, time: Tensor) -> Tensor:
+        """What the network adds to every position for a network time [B]: [B, H]."""
+        t_vector: Tensor = self.time_mlp(time_features(time, self.config.time_dim))
+        return t_vector
+
+    def encode(self, x_t: Tensor, t_vector: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` of a time that is given as its vector [B, H]."""
         length = x_t.shape[1]
-        t_vector = self.time_mlp(time_features(time, self.config.time_dim))
         h = self.input_projection(x_t) + self.position.weight[:length] + t_vector[:, None]
         h = residual = self.dropout(self.input_norm(h))
         for block in self.blocks:

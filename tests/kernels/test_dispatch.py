@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels import dispatch
 
 OP = "an_operation_of_the_tests"
@@ -38,12 +41,77 @@ def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatc
 
 
 def test_requests_can_name_one_operation(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, f"another=x, {OP}=plain")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, f"noise=x, {OP} = plain")
     assert chosen(1) == "plain"
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "another=plain")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "noise=plain")
     assert chosen(1) == "picky"
-    with dispatch.force_backend("plain", op="another"):
+    with dispatch.force_backend("plain", op="noise"):
         assert chosen(1) == "picky"
+    with dispatch.force_backend("plain", op=OP):
+        assert chosen(1) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", ("auto", "auto", "auto")),
+        (" torch ,", ("torch", "torch", "torch")),
+        ("nearest_token=cpp", ("cpp", "cpp", "auto")),
+        ("nearest_token_with_margin=cpp", ("auto", "cpp", "auto")),
+        ("nearest_token_with_margin=torch,nearest_token=cpp", ("cpp", "torch", "auto")),
+        ("blocks=triton", ("auto", "auto", "triton")),
+        ("torch,nearest_token=cpp,bias_gelu=auto", ("cpp", "cpp", "auto")),
+        ("nearest_token=cpp,torch", ("cpp", "cpp", "torch")),
+    ],
+)
+def test_a_file_names_its_operations_and_the_closest_entry_counts(
+    value: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+    ops = ("nearest_token", "nearest_token_with_margin", "bias_gelu")
+    assert tuple(map(dispatch.requested, ops)) == expected
+
+
+def test_force_backend_takes_the_name_of_a_file():
+    with dispatch.force_backend("torch", op="blocks"):
+        assert dispatch.requested("bias_tanh") == "torch"
+        assert dispatch.requested("noise") == "auto"
+
+
+@pytest.mark.parametrize("name", ["nearest_tokn", "", "forward_diffusion_backward"])
+def test_misspelt_operations_are_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    message = rf"no operation '{name}'; known are .*nearest_token, nearest_token_with_margin"
+    with (
+        pytest.raises(UsageError, match=f"force_backend: .*{message}"),
+        dispatch.force_backend("torch", op=name),
+    ):
+        pass
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, f"{name}=torch")
+    for _ in range(2):
+        with pytest.raises(UsageError, match=f"DLMONE_KERNEL_BACKEND: .*{message}"):
+            chosen(1)
+    # Also by an operation that is not the one misspelt.
+    with pytest.raises(UsageError, match=message):
+        dispatch.requested("noise")
+
+
+@pytest.mark.parametrize("value", ["cpp,torch", "noise=cpp,noise=torch", "noise="])
+def test_values_without_a_meaning_are_refused(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+    with pytest.raises(UsageError, match=f"expected a backend .* got '{value}'"):
+        chosen(1)
+
+
+def test_the_list_of_operations_is_that_of_the_modules():
+    code = (
+        "import importlib\n"
+        "from dlmone_fast.kernels import dispatch\n"
+        "for name in dispatch.OPERATIONS:\n"
+        "    importlib.import_module(f'dlmone_fast.kernels.{name}')\n"
+        "listed = [op for ops in dispatch.OPERATIONS.values() for op in ops]\n"
+        "assert sorted([*listed, *dispatch.BACKWARD]) == sorted(dispatch.operations())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_auto_lifts_an_outer_request():

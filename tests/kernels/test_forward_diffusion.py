@@ -10,6 +10,8 @@ from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels import dispatch, native, reference
 from dlmone_fast.kernels.forward_diffusion import (
     _cpp,
+    _to_table,
+    diffuse_of_draws,
     forward_diffusion,
     forward_diffusion_of_tokens,
 )
@@ -348,6 +350,88 @@ def test_refusals_of_the_gather_form(change: dict, message: str):
     del given["x0"]
     with pytest.raises(UsageError, match=message):
         forward_diffusion_of_tokens(**{**given, **change})
+
+
+@pytest.mark.parametrize("wrong", [9, 30, -1])
+def test_compiled_graphs_check_ids_where_they_run(backend, place, wrong: int):
+    if place.type != "cpu":
+        pytest.skip("ids on a GPU are not read back")
+    # An id outside of the table would read memory of others, or wrap around.
+    given = arguments(ids=torch.zeros(2, 3).long(), embedding=torch.zeros(9, 4))
+    del given["x0"], given["ids"]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(ids: Tensor) -> Tensor:
+        return forward_diffusion_of_tokens(ids, **given, kernel_backend=backend)
+
+    compiled(torch.full((2, 3), 8))
+    with pytest.raises(UsageError, match=rf"ids must lie in \[0, 9\).*from {wrong} to {wrong}"):
+        compiled(torch.full((2, 3), wrong))
+
+
+def test_expanded_factors_and_draws(backend, place):
+    case = Case(2, 3, 8)
+    case.alpha = torch.full((2,), 0.5)
+    results = []
+    for alpha in (case.alpha, torch.tensor(0.5).expand(2)):
+        leaf = case.x0.to(place).detach().requires_grad_()
+        x_t = forward_diffusion(
+            leaf, alpha.to(place), alpha.to(place), None, *case.draw, kernel_backend=backend
+        )
+        x_t.backward(case.grad.to(place))
+        results.append((x_t.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    draws = draws_of(SEED, 3, 4, place).expand(2, 4)
+    found = [
+        diffuse_of_draws(
+            leaf.detach(), None, alpha.to(place), alpha.to(place), None, each, STREAM,
+            kernel_backend=backend,
+        )
+        for each in (draws, draws.contiguous())
+    ]  # fmt: skip
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        (torch.zeros(1, 4).long(), r"draws must be int64 \[2, 4\].*got torch.int64 \(1, 4\)"),
+        (torch.zeros(2, 4), "draws must be int64"),
+        (torch.zeros(2, 4, device="meta").long(), "draws is on meta"),
+    ],
+)
+def test_draws_that_do_not_fit_are_refused(draws: Tensor, message: str):
+    with pytest.raises(UsageError, match=message):
+        diffuse_of_draws(torch.zeros(2, 3, 4), None, torch.ones(2), torch.ones(2), None, draws, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_narrow_ids_with_draws(backend, place, dtype: torch.dtype):
+    case, ones = Case(2, 5, 8), torch.ones(2, device=place)
+    draws = draws_of(SEED, case.samples, 4, place)
+    found = [
+        diffuse_of_draws(
+            case.table.to(place), ids.to(place), ones, ones, None, draws, STREAM,
+            kernel_backend=backend,
+        )
+        for ids in (case.ids, case.ids.to(dtype))
+    ]  # fmt: skip
+    assert torch.equal(*found)
+
+
+def test_the_stream_of_draws_is_checked():
+    ones, draws = torch.ones(2), torch.zeros(2, 4).long()
+    with pytest.raises(UsageError, match="stream must lie in"):
+        diffuse_of_draws(torch.zeros(2, 3, 4), None, ones, ones, None, draws, -1)
+
+
+def test_gradients_of_ids_nobody_checked_stay_inside_the_table():
+    # On a GPU ids are not read back.
+    ids = torch.tensor([[-7, 0, 2, 50]])
+    ones = torch.ones(1, 4, 2)
+    found = _to_table(ones, ids, torch.ones(1), None, 3, "torch")
+    assert torch.equal(found, torch.tensor([[2.0, 2.0], [0.0, 0.0], [2.0, 2.0]]))
 
 
 def test_a_backend_that_cannot_compute_a_dtype_is_refused_by_name_and_passed_over_by_auto():

@@ -236,6 +236,29 @@ def test_any_subset_of_gradients(backend: str, device: torch.device):
         assert all(torch.equal(g, full[1 + i]) for g, i in zip(found, wanted, strict=True))
 
 
+def test_second_derivatives_are_right_or_refused(
+    backend: str, request: pytest.FixtureRequest, device: torch.device
+):
+    case = Case(20, 66, 9, torch.float32, device)
+    losses = linear_cross_entropy(case.h, case.embedding, case.targets, case.bias,
+                                  mask=case.mask, kernel_backend=backend)  # fmt: skip
+    variant = request.node.callspec.params["backend"]
+    if variant != "torch" or device.type != "cpu":
+        with pytest.raises(UsageError, match=r"differentiated again.*create_graph"):
+            torch.autograd.grad(losses.sum(), case.h, create_graph=True)
+        return
+    exact = reference.linear_cross_entropy(case.h, case.embedding, case.targets, case.bias,
+                                           mask=case.mask)  # fmt: skip
+    found, expected = (
+        torch.autograd.grad(
+            torch.autograd.grad(total.sum(), case.h, create_graph=True)[0].square().sum(),
+            case.embedding,
+        )[0]
+        for total in (losses, exact)
+    )
+    assert_matches(found, expected)
+
+
 def test_no_gradients_asked_for(backend: str, device: torch.device):
     case = Case(20, 66, 9, torch.float32, device)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -286,6 +288,20 @@ def test_forcing_the_native_backend_without_it_is_refused(monkeypatch: pytest.Mo
         pytest.raises(BackendUnavailableError, match=r"it was left out.*Available here: .*torch"),
     ):
         nearest_token(x, e)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize("wrap", [lambda e: e, Vocabulary], ids=["tensor", "vocabulary"])
+@pytest.mark.parametrize(("width", "threads"), [(2**20 + 1, 1), (4, 1025)])
+def test_beyond_the_native_limits_auto_takes_torch(
+    width: int, threads: int, wrap: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    e, x = random(3, width), random(2, width, seed=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(nearest_token(x, wrap(e)), reference.nearest_token(x, e))
+    nearest_token_with_margin(x, wrap(e))
+    with pytest.raises(BackendUnavailableError, match="it takes at most"):
+        nearest_token(x, wrap(e), kernel_backend="cpp")
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")

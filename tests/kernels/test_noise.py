@@ -341,6 +341,13 @@ def test_streams_have_distinct_values():
         ({"sample": torch.tensor([0, -1])}, "sample must lie in"),
         ({"step": -3}, "step must lie in"),
         ({"seed": [1, 2], "sample": [1, 2, 3]}, "seed has 2, sample has 3"),
+        ({"sample": 1.5}, "sample must be an int, got float"),
+        ({"sample": [0, 1.5]}, "sample must be an int, got float"),
+        ({"sample": torch.tensor([0.0, 1.5])}, r"sample must hold integers, got torch.float32"),
+        ({"step": torch.tensor(1.5)}, r"step must hold integers, got torch.float32.*\.long"),
+        ({"step": torch.tensor([True])}, r"step must hold integers, got torch.bool"),
+        ({"stream": 2**32}, r"stream must lie in \[0, 2\^32\), got 4294967296"),
+        ({"stream": 0.5}, "stream must be an int, got float"),
         ({"positions": -1}, "positions >= 0"),
         ({"channels": 0}, "channels >= 1"),
         ({"positions": 2**31, "channels": 16}, "one counter word"),
@@ -361,6 +368,25 @@ def test_integer_range_refusals():
         permutation(0, 0, 0, -1)
 
 
+@pytest.mark.parametrize("stream", [-1, 2**32])
+def test_streams_out_of_range_are_refused_everywhere(stream: int):
+    # They would wrap around into the numbers of another purpose.
+    for draw in (
+        lambda: random_bits(0, stream, 0, 0, 0),
+        lambda: uniform_integers(0, stream, 0, 0, 0, 5),
+        lambda: permutation(0, stream, 0, 5),
+        lambda: normal(0, stream, 0, 0, 1, 1),
+        lambda: words_of_draws(draws_of(0, 0, 0, torch.device("cpu")), stream, 1),
+    ):
+        with pytest.raises(UsageError, match=r"stream must lie in \[0, 2\^32\)"):
+            draw()
+
+
+def test_random_bits_refuses_an_index_that_is_no_integer():
+    with pytest.raises(UsageError, match="index must hold integers"):
+        random_bits(0, 0, 0, 0, torch.tensor([0.5]))
+
+
 def test_low_level_refusals():
     draws = draws_of(1, 2, 3, torch.device("cpu"))
     with pytest.raises(UsageError, match=r"draws must be int64 \[B, 4\].*draws_of"):
@@ -372,7 +398,7 @@ def test_low_level_refusals():
     with pytest.raises(UsageError, match="first=4294967295 and count=2"):
         words_of_draws(draws, 0, 2, first=2**32 - 1)
     with pytest.raises(UsageError, match=r"sample must be one number or 1-D, got shape \(2, 2\)"):
-        normal(0, 0, torch.zeros(2, 2), 0, 1, 1)
+        normal(0, 0, torch.zeros(2, 2).long(), 0, 1, 1)
 
 
 def test_draws_hold_the_halves_of_the_seed_the_sample_and_the_step():
@@ -392,6 +418,15 @@ def test_forcing_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.Monkey
         pytest.raises(BackendUnavailableError, match="it was left out"),
     ):
         normal(0, 0, 0, 0, 1, 4)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+def test_more_threads_than_the_native_code_takes(monkeypatch: pytest.MonkeyPatch):
+    expected = normal(0, 0, 0, 0, 3, 4, kernel_backend="torch")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1025)
+    assert torch.equal(normal(0, 0, 0, 0, 3, 4), expected)
+    with pytest.raises(BackendUnavailableError, match="at most 1024 threads"):
+        normal(0, 0, 0, 0, 3, 4, kernel_backend="cpp")
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")

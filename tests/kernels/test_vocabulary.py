@@ -4,6 +4,11 @@ import copy
 import gc
 import pickle
 import threading
+import time
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,22 +108,109 @@ def test_tables_without_a_version_counter(backend: str):
         )
 
 
-def test_threads_share_one_preparation(backend: str):
-    e, x = random(500, 16), random(40, 16, seed=1)
-    expected, kept = reference.nearest_token(x, e), Vocabulary(e)
-    start, results = threading.Barrier(4), []
+def in_threads(count: int, work: Callable[[], object]) -> list[object]:
+    """What `work` gave in threads that start it together."""
+    start, results = threading.Barrier(count), []
 
-    def work() -> None:
+    def run() -> None:
         start.wait()
-        for _ in range(5):
-            results.append(torch.equal(nearest_token(x, kept, kernel_backend=backend), expected))
+        results.append(work())
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
+    workers = [threading.Thread(target=run) for _ in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert results == [True] * 20
+    return results
+
+
+def test_threads_share_one_preparation():
+    kept, calls = Vocabulary(random(4, 3)), []
+
+    def make(table: Tensor) -> Tensor:
+        calls.append(1)
+        # Long enough for every thread to ask meanwhile.
+        time.sleep(0.2)
+        return table + 1
+
+    results = in_threads(4, lambda: kept.prepared("slow", make))
+    assert len(calls) == 1
+    assert len(results) == 4
+    assert all(result is results[0] for result in results)
+
+
+def test_threads_round_alike(backend: str):
+    e, x = random(500, 16), random(40, 16, seed=1)
+    expected, kept = reference.nearest_token(x, e), Vocabulary(e)
+    results = in_threads(4, lambda: nearest_token(x, kept, kernel_backend=backend))
+    assert len(results) == 4
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_change_while_preparing_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    if not native.is_available():
+        pytest.skip(f"native: {native.why_missing()}")
+    e, x = random(130, 20).half(), random(50, 20, seed=1)
+    kept, prepared = Vocabulary(e), Vocabulary.prepared
+
+    def changing(self: Vocabulary, key: Hashable, make: Callable[[Tensor], Any]) -> Any:
+        made = prepared(self, key, make)
+        if key == "fp32" and e[0, 0] != 7:
+            # As another thread might, between one preparation and the next.
+            e.copy_(e.flip(0))
+            e[0, 0] = 7
+        return made
+
+    monkeypatch.setattr(Vocabulary, "prepared", changing)
+    nearest_token(x, kept, kernel_backend="cpp")
+    ids = nearest_token(x, kept, kernel_backend="cpp")
+    assert torch.equal(ids, reference.nearest_token(x, e))
+
+
+def test_one_copy_in_fp32_serves_every_cpu_backend():
+    kept, x = Vocabulary(random(60, 10).half()), random(4, 10)
+    for name in BACKENDS:
+        if name == "torch" or native.is_available():
+            nearest_token(x, kept, kernel_backend=name)
+            nearest_token_with_margin(x, kept, kernel_backend=name)
+    kinds = [made.dtype for _, made in kept._kept.values()]
+    assert kinds.count(torch.float32) == 1
+    assert len(kinds) == 1 + native.is_available()
+
+
+def test_what_serves_all_streams_is_finished_and_made_outside_of_captures(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    happened: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: happened.append("waited"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    table = random(3, 2)
+
+    def make(table: Tensor) -> Tensor:
+        happened.append("made")
+        return table + 1
+
+    assert torch.equal(vocabulary._make_for_all_streams(make, table), table + 1)
+    assert happened == ["made", "waited"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UsageError, match=r"call nearest_token once.*before the capture"):
+        vocabulary._make_for_all_streams(make, table)
+    assert happened == ["made", "waited"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_reads_what_was_prepared_before():
+    kept, graph = Vocabulary(random(90, 16).cuda()), torch.cuda.CUDAGraph()
+    with pytest.raises(UsageError, match="before the capture"), torch.cuda.graph(graph):
+        kept.prepared("copy", torch.clone)
+    kept.prepared("copy", torch.clone)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = kept.prepared("copy", torch.clone) + 1
+    graph.replay()
+    assert torch.equal(found, kept.table + 1)
 
 
 def test_copies_and_pickles_carry_the_table_alone():

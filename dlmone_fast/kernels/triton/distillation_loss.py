@@ -242,7 +242,7 @@ def gradients(
     upstream: Tensor,
     rest: float,
     count: int,
-    into: list[Tensor] | None,
+    into: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The first `count` gradients times `upstream`: new, or `into` where the factor is not 1."""
     made = _new(x, count) if into is None else into

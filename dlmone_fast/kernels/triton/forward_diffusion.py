@@ -82,14 +82,15 @@ def forward_diffusion(
     rows, length = source.shape[:2] if ids is None else ids.shape
     channels = source.shape[-1]
     out = torch.empty(rows, length, channels, dtype=source.dtype, device=source.device)
+    draws = draws.contiguous()
     tiles = tiling(channels)
     programs, position_tiles, channel_tiles = tiles.grid(rows, length, channels)
     if programs:
         with support.on_device(source):
             _forward_diffusion_kernel[(programs,)](
                 source.contiguous(), draws if ids is None else ids.contiguous(),
-                alpha.contiguous(), sigma.contiguous(), _bytes(mask, draws), draws.contiguous(),
-                out, signed(stream), length, channels, len(source), position_tiles, channel_tiles,
+                alpha.contiguous(), sigma.contiguous(), _bytes(mask, draws), draws, out,
+                signed(stream), length, channels, len(source), position_tiles, channel_tiles,
                 GATHER=ids is not None, MASKED=mask is not None, **tiles.constants(),
                 num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -100,12 +101,13 @@ def scale_targets(x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dt
     """alpha x where mask is True, x elsewhere: [B, L, d] in `dtype`."""
     rows, length, channels = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    alpha = alpha.contiguous()
     tiles = tiling(channels)
     programs, position_tiles, channel_tiles = tiles.grid(rows, length, channels)
     if programs:
         with support.on_device(x):
             _scale_targets_kernel[(programs,)](
-                x.contiguous(), alpha.contiguous(), _bytes(mask, alpha), out, length, channels,
+                x.contiguous(), alpha, _bytes(mask, alpha), out, length, channels,
                 position_tiles, channel_tiles, MASKED=mask is not None, **tiles.constants(),
                 num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -113,6 +115,7 @@ def scale_targets(x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dt
 
 
 def _bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
+    """The mask as bytes; `unused`, any contiguous tensor, stands in where there is none."""
     # A kernel that is not masked never reads its mask argument, but needs a pointer.
     return unused.view(torch.uint8) if mask is None else mask.contiguous().view(torch.uint8)
 

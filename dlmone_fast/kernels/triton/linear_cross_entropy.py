@@ -307,9 +307,9 @@ def _table_gradient(
 def _selected_rows(h: Tensor, selected: Tensor | None) -> Tensor:
     """int32 [N + 1]: the selected positions in order, the others, and the number selected."""
     n = len(h)
-    rows = torch.empty(n + 1, dtype=torch.int32, device=h.device)
     if selected is None:
-        return torch.arange(n + 1, dtype=torch.int32, out=rows)
+        return torch.arange(n + 1, dtype=torch.int32, device=h.device)
+    rows = torch.empty(n + 1, dtype=torch.int32, device=h.device)
     # A sort by a key of one bit: without the host's help, and the same order every time.
     rows[:n] = selected.logical_not().to(torch.uint8).argsort(stable=True)
     rows[n] = selected.sum()

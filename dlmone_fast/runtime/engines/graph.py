@@ -16,7 +16,7 @@ from typing import ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from dlmone_fast.errors import UsageError
+from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError
 from dlmone_fast.kernels.triton import support
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.engines.base import Engine, Runner
@@ -24,7 +24,8 @@ from dlmone_fast.runtime.engines.buckets import BUCKETS, bucket_of, parts_of
 from dlmone_fast.runtime.engines.capture import CAPTURING, Lane, is_out_of_memory
 from dlmone_fast.runtime.engines.network import DTYPES, InferenceNetwork
 from dlmone_fast.runtime.engines.recorded import RecordedNetwork, RecordedPath
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import RowBatch
 
 _log = logging.getLogger("dlmone_fast")
 
@@ -57,7 +58,7 @@ class GraphEngine(Engine):
         """A new runner.
 
         Raises:
-            UsageError: the engine is closed, or of another process.
+            ForkedProcessError, ModelNotLoadedError: as for `check`.
         """
         self.check()
         runner = GraphRunner(self, Lane(self.network.device))
@@ -68,16 +69,17 @@ class GraphEngine(Engine):
         """Refuse to work where the graphs are not.
 
         Raises:
-            UsageError: the engine is closed, or was made before this process was forked.
+            ForkedProcessError: the engine was made before this process was forked.
+            ModelNotLoadedError: it was closed.
         """
         if os.getpid() != self._process:
-            raise UsageError(
+            raise ForkedProcessError(
                 f"backend 'graph': this model was loaded in process {self._process} and cannot be "
                 f"used in its fork {os.getpid()}, as CUDA does not survive a fork; load it in the "
                 "process that uses it, or start processes with the 'spawn' method"
             )
         if self._closed:
-            raise UsageError("backend 'graph': this model was closed; load it again")
+            raise ModelNotLoadedError("backend 'graph': this model was unloaded; load it again")
 
     def fits_no_more_than(self, rows: int) -> None:
         """Split batches into parts of at most this many rows from now on."""

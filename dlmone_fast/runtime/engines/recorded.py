@@ -15,7 +15,8 @@ from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels.nearest_token import nearest_token
 from dlmone_fast.runtime.engines.capture import Lane
 from dlmone_fast.runtime.engines.network import InferenceNetwork
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import RowBatch
 
 
 class RecordedPath:

@@ -10,7 +10,8 @@ from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.runtime.engines import make_engine
 from dlmone_fast.runtime.engines.choose import EngineRequest
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch, draws_of_rows
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import RowBatch, Rows
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +24,7 @@ def batch_of(rows: int, steps: int = 1) -> RowBatch:
     numbers = torch.Generator().manual_seed(rows)
     ids = torch.randint(5, 60, (rows, tiny.SEQ_LEN), generator=numbers)
     sources = torch.arange(tiny.SEQ_LEN) < torch.arange(3, 3 + rows).remainder(9)[:, None]
-    draws = draws_of_rows(range(rows), [0] * rows, steps)
-    return RowBatch(ids, (~sources).long(), draws)
+    return Rows(ids, (~sources).long(), range(rows), [0] * rows).batch(steps)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

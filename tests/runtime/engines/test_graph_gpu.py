@@ -12,7 +12,8 @@ from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.runtime.engines import make_engine, why_unavailable
 from dlmone_fast.runtime.engines.choose import EngineRequest
 from dlmone_fast.runtime.engines.graph import GraphEngine, GraphRunner
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch, draws_of_rows
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import RowBatch, Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -49,7 +50,7 @@ def batch_of(rows: int, steps: int = 1, seed: int = 0) -> RowBatch:
     sources = torch.randint(1, 9, (rows, 1), generator=numbers)
     mask = (torch.arange(tiny.SEQ_LEN) >= sources).long()
     seeds = torch.randint(0, 1 << 40, (rows,), generator=numbers).tolist()
-    return RowBatch(ids, mask, draws_of_rows(seeds, [0] * rows, steps))
+    return Rows(ids, mask, seeds, [0] * rows).batch(steps)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 
-from dlmone_fast.errors import UsageError
+from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError, UsageError
 from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.runtime.engines import graph
 from dlmone_fast.runtime.engines.capture import CAPTURING, is_out_of_memory
-from dlmone_fast.runtime.pipeline import Pipeline, RowBatch, draws_of_rows
+from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.rows import RowBatch, Rows
 
 
 class HostCall:
@@ -99,7 +100,7 @@ def batch_of(rows: int, steps: int = 1, seed: int = 0) -> RowBatch:
     sources = torch.randint(1, 9, (rows, 1), generator=numbers)
     mask = (torch.arange(tiny.SEQ_LEN) >= sources).long()
     seeds = torch.randint(0, 1 << 40, (rows,), generator=numbers).tolist()
-    return RowBatch(ids, mask, draws_of_rows(seeds, [0] * rows, steps))
+    return Rows(ids, mask, seeds, [0] * rows).batch(steps)
 
 
 def expected(pipeline: Pipeline, batch: RowBatch) -> torch.Tensor:
@@ -251,7 +252,7 @@ def test_a_closed_engine_refuses_and_holds_nothing(engine: graph.GraphEngine):
     assert call.work is None
     assert runner._lane.released == 1
     for use in (lambda: runner.ids(pipeline, batch_of(2)), engine.runner):
-        with pytest.raises(UsageError, match="was closed"):
+        with pytest.raises(ModelNotLoadedError, match="was unloaded"):
             use()
 
 
@@ -265,7 +266,7 @@ def test_a_fork_is_refused(engine: graph.GraphEngine, monkeypatch: pytest.Monkey
     uses = (lambda: runner.ids(pipeline, batch_of(2)), lambda: runner.predict(x_t, t),
             lambda: runner.warmup(pipeline, (2,), 20), engine.runner)  # fmt: skip
     for use in uses:
-        with pytest.raises(UsageError, match=f"loaded in process {parent}.*'spawn'"):
+        with pytest.raises(ForkedProcessError, match=f"loaded in process {parent}.*'spawn'"):
             use()
     engine.close()
     assert call.work is not None, "the parent's graphs are not the fork's to drop"

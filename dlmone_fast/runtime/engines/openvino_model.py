@@ -1,0 +1,156 @@
+"""From the backbone to an OpenVINO model, in memory, with nothing sent, written or printed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlmone_fast.config import ModelConfig
+from dlmone_fast.networks import Backbone
+
+CALIBRATION_ROWS = 64
+"""Network inputs that int8 is calibrated on, at most: three passes over them, one row at a time.
+
+Measured on a trained student (4 layers of width 128): 32, 64, 100 and 300 rows agree with fp32 on
+99.93 % of the target tokens each."""
+
+# The noise's range is not the embeddings'. Left to int8, the input projection brings the agreement
+# with fp32 from 99.93 % of the tokens down to 99.79 %; the output projection makes no difference.
+_IN_FP32 = ".*input_projection.*"
+_TELEMETRY = "openvino_telemetry"
+# Tracing, quantising and hiding a module are changes to the whole process.
+_LOCK = threading.RLock()
+
+
+class _Network(nn.Module):
+    """x̂0 [B, L, d] of x_t [B, L, d] and the time's vector [B, H], as a traceable module.
+
+    The time embedding stays outside: its frequencies do not survive 16 bits, and a step's vector
+    is the same for every call.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x_t: Tensor, t_vector: Tensor) -> Tensor:
+        return self.backbone.predict(self.backbone.encode(x_t, t_vector)[0])
+
+
+def converted(backbone: Backbone) -> Any:
+    """The backbone as an `openvino.Model` of any batch size; it shares the backbone's weights."""
+    config = backbone.config
+    weight = backbone.position.weight
+    length, width, hidden = config.seq_len, config.embedding_dim, config.hidden_size
+    # Two rows: a tracer would take a batch of one for a constant.
+    example = (weight.new_zeros(2, length, width), weight.new_zeros(2, hidden))
+    with _alone(), warnings.catch_warnings():
+        # OpenVINO traces with torch.jit, which warns of its own age.
+        warnings.simplefilter("ignore")
+        import openvino
+
+        model = openvino.convert_model(_Network(backbone), example_input=example)
+    return with_rows(model, -1, config)
+
+
+def quantized(model: Any, x_t: Tensor, t_vector: Tensor) -> Any:
+    """The model with int8 products, scaled by what its layers see on examples.
+
+    Args:
+        model: an `openvino.Model` as `converted` makes it.
+        x_t: inputs [n, L, d] of real prompts.
+        t_vector: their times' vectors [n, H].
+    """
+    rows = min(len(x_t), CALIBRATION_ROWS)
+    examples = [
+        (x_t[i : i + 1].numpy(force=True), t_vector[i : i + 1].numpy(force=True))
+        for i in range(rows)
+    ]
+    with _alone(), _quiet_nncf():
+        import nncf
+
+        return nncf.quantize(
+            model,
+            nncf.Dataset(examples),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=rows,
+            ignored_scope=nncf.IgnoredScope(patterns=[_IN_FP32]),
+        )
+
+
+def with_rows(model: Any, rows: int, config: ModelConfig) -> Any:
+    """A copy of a model for batches of so many rows; -1: of any number."""
+    copy = model.clone()
+    x_t, t_vector = copy.inputs
+    sizes = {
+        x_t: [rows, config.seq_len, config.embedding_dim],
+        t_vector: [rows, config.hidden_size],
+    }
+    copy.reshape(sizes)
+    return copy
+
+
+def imported() -> Any:
+    """The module `openvino`."""
+    with _alone():
+        import openvino
+    return openvino
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time, and OpenVINO's telemetry out of sight.
+
+    Without a consent file, OpenVINO and nncf report their import and every conversion. Where the
+    package that reports cannot be imported they use stand-ins; where somebody has imported it
+    already, its entry point is replaced for as long as this lasts.
+    """
+    with _LOCK:
+        loaded: Any = sys.modules.get(_TELEMETRY)
+        if loaded is None:
+            sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+        else:
+            original, loaded.Telemetry = loaded.Telemetry, _Silence
+        try:
+            yield
+        finally:
+            if loaded is None:
+                sys.modules.pop(_TELEMETRY, None)
+            else:
+                loaded.Telemetry = original
+
+
+class _Silence:
+    """Accepts whatever is asked of a telemetry object and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __getattr__(self, name: str) -> _Silence:
+        return self
+
+    def __call__(self, *_: object, **__: object) -> _Silence:
+        return self
+
+
+@contextmanager
+def _quiet_nncf() -> Iterator[None]:
+    """No progress bars and no notes; warnings and errors still appear."""
+    import nncf
+    import rich
+
+    console, logger = rich.get_console(), logging.getLogger("nncf")
+    was_quiet, level = console.quiet, logger.level
+    console.quiet = True
+    nncf.set_log_level(logging.WARNING)
+    try:
+        yield
+    finally:
+        console.quiet = was_quiet
+        nncf.set_log_level(level)
