@@ -48,7 +48,10 @@ def test_generate(whole: Race, shape: Case, device: torch.device, folder: Path) 
     model = cases.model(shape.config, device)
     lineup = Lineup(model, shape.batch)
     for contender in _contenders(model, folder, torch.get_num_threads()):
-        lineup.add(contender)
+        # On a CPU a peer's network in batches says nothing new, slowly.
+        lineup.add(
+            contender, device.type == "cuda" or shape.batch == 1 or isinstance(contender, Own)
+        )
     lineup.add_phases()
     precision = "fp32" if device.type == "cpu" else "bf16"
     work = cases.work(shape, precision)
