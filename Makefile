@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test aot sanitize bench-kernels lint types imports check clean
+.PHONY: help setup demo demo-seeds test aot sanitize bench-kernels bench-generate lint types imports check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -34,6 +34,10 @@ sanitize: $(READY)  ## run the native code's tests under AddressSanitizer and UB
 
 bench-kernels: $(READY)  ## time the kernels beside their peers, on a GPU if there is one
 	$(PY) -m pytest benchmarks --benchmark-only -k kernels --save-records
+
+bench-generate: $(READY)  ## time whole calls of generate beside other libraries
+	$(PY) -m pip install --disable-pip-version-check -q -e ".[bench]"
+	$(PY) -m pytest benchmarks --benchmark-only -k generate --save-records
 
 lint: $(READY)  ## check style: ruff, clang-format
 	$(VENV)/bin/ruff check .

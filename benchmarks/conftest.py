@@ -1,6 +1,6 @@
 """Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
 
-pytest benchmarks --benchmark-only -k kernels [--device cpu|cuda] [--save-records]
+pytest benchmarks --benchmark-only -k kernels|generate [--device cpu|cuda] [--save-records]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import records, report, targets
+from benchmarks import generate_targets, records, report, targets
 from benchmarks.floors import Machine, measure_machine
 from benchmarks.race import Race
 from benchmarks.timing import Stopwatch
@@ -22,7 +22,7 @@ _DEVICE = pytest.StashKey[torch.device]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options that only benchmarks have."""
-    group = parser.getgroup("kernel benchmarks")
+    group = parser.getgroup("benchmarks beside peers")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     group.addoption("--save-records", action="store_true",
                     help="write benchmarks/results/<device>/<date>-<commit>.json")  # fmt: skip
@@ -75,6 +75,8 @@ def race(
     request: pytest.FixtureRequest, benchmark: Any, stopwatch: Stopwatch, machine: Machine
 ) -> Race:  # fmt: skip
     """Checks implementations and times them in turns."""
+    # Compiled peers of earlier cases count against a limit of torch's.
+    torch._dynamo.reset()
     return Race(benchmark, stopwatch, machine, request.config.stash[_ROWS].extend)
 
 
@@ -84,9 +86,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not rows or found is None:
         return
     device = config.stash[_DEVICE]
-    judged = targets.judge(rows, device.type, found.copy)
+    judged = [
+        outcome
+        for suite in (targets.TARGETS, generate_targets.TARGETS)
+        for outcome in targets.judge(rows, device.type, found.copy, suite)
+    ]
     record = records.record(device, found.record(), rows, judged)
-    terminalreporter.section("kernels beside their peers")
+    terminalreporter.section("dlmone_fast beside its peers")
     terminalreporter.write_line(report.markdown(record))
     if config.getoption("save_records"):
         path = records.save(record)

@@ -7,14 +7,15 @@ slows all of them.
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.checks import Check
 from benchmarks.floors import Machine, Work
@@ -55,32 +56,42 @@ class Race:
         operation, case: name of the operation and of the shape.
         implementations: what to run, ours first; names of ours begin with `OURS`.
         check: None, or what is wrong with a result. A peer that fails or is wrong is reported
-            and not timed; one of ours ends the test.
+            and not timed; one of ours ends the test. No check: the caller has seen to it.
         work: the bytes and operations that any implementation needs.
         check_peer: for peers whose result is not ours number by number; default: `check`.
+        fields: what else is known of an implementation: fields of its row. A name that is not
+            among the implementations gets a row without times.
+
+    Attributes:
+        seconds_each: how long each implementation is timed, within bounds on the number of samples.
+        short_seconds: calls below this are timed right after one that does not count.
     """
 
     benchmark: Any
     stopwatch: Stopwatch
     machine: Machine
     report: Callable[[list[Row]], None]
+    seconds_each: float = _SECONDS_EACH
+    short_seconds: float = _SHORT_SECONDS
 
     def __call__(
         self,
         operation: str,
         case: object,
         implementations: Mapping[str, Call],
-        check: Check,
+        check: Check | None,
         work: Work,
         check_peer: Check | None = None,
+        fields: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> list[Row]:
-        # Compiled peers of earlier cases count against a limit of torch's.
-        torch._dynamo.reset()
-        rows = {n: Row(operation, str(case), n, n.startswith(OURS)) for n in implementations}
+        rows = {
+            n: Row(operation, str(case), n, n.startswith(OURS), **fields.get(n, {}))
+            for n in [*implementations, *fields]
+        }
         runnable: dict[str, Call] = {}
         for name, call in implementations.items():
-            own = rows[name].ours
-            complaint = _try(call, check if own else check_peer or check, must_run=own)
+            own, checked = rows[name].ours, check if rows[name].ours else check_peer or check
+            complaint = _try(call, checked, must_run=own) if checked else None
             if complaint:
                 rows[name] = replace(rows[name], note=complaint)
             else:
@@ -88,6 +99,8 @@ class Race:
         for name, seconds in self._time(runnable).items():
             rows[name] = self._fill(rows[name], seconds, work)
         for name, call in runnable.items():
+            if rows[name].part:
+                continue
             peak = peak_memory(call, self.stopwatch.device)
             rows[name] = replace(rows[name], peak_bytes=peak)
         self.benchmark.extra_info.update(operation=operation, case=str(case))
@@ -97,15 +110,15 @@ class Race:
     def _time(self, calls: dict[str, Call]) -> dict[str, list[float]]:
         expected = {name: self.stopwatch.time(call) for name, call in calls.items()}
         first, *others = calls
-        rounds = _between(_FEWEST_ROUNDS, int(_SECONDS_EACH / expected[first]), _MOST_ROUNDS)
+        rounds = _between(_FEWEST_ROUNDS, int(self.seconds_each / expected[first]), _MOST_ROUNDS)
         counts = {
-            name: _between(_FEWEST_SAMPLES, int(_SECONDS_EACH / expected[name]), rounds)
+            name: _between(_FEWEST_SAMPLES, int(self.seconds_each / expected[name]), rounds)
             for name in others
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
 
         def take(name: str) -> None:
-            if expected[name] < _SHORT_SECONDS:
+            if expected[name] < self.short_seconds:
                 calls[name]()
             seconds[name].append(self.stopwatch.time(calls[name]))
 
@@ -120,15 +133,27 @@ class Race:
 
     def _fill(self, row: Row, seconds: list[float], work: Work) -> Row:
         median = statistics.median(seconds)
-        return replace(
+        row = replace(
             row,
             median_ms=1e3 * median,
             min_ms=1e3 * min(seconds),
+            p99_ms=1e3 * percentile(seconds, 99),
             samples=len(seconds),
+        )
+        # The work is that of the whole.
+        if row.part:
+            return row
+        return replace(
+            row,
             gigabytes_per_second=work.bytes / median / 1e9,
             teraflops=work.flops / median / 1e12 if work.flops else None,
             fraction_of_floor=self.machine.floor_seconds(work) / median,
         )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The least value that so many per cent of the values do not exceed."""
+    return sorted(values)[math.ceil(percent * len(values) / 100) - 1]
 
 
 def _try(call: Call, check: Check, must_run: bool) -> str | None:

@@ -27,7 +27,13 @@ class Row:
 
     Times are None where nothing was timed, and `note` says why; memory is what the call needs
     beyond its inputs. `ours` marks this package's backends; the first of a case is the one that
-    "auto" takes.
+    "auto" takes. p99 is the least time that 99 % of the samples do not exceed: the longest one,
+    where there are fewer than 100.
+
+    Of whole calls of `generate` also: `part`, the part of a call that the row is about ("" for all
+    of it); `agreement`, the share of tokens that are those of fp32 on the same noise; `error`, of a
+    network's output, root of mean squares relative to fp32; `held_bytes`, GPU memory that is kept
+    between calls, beyond the model's; `at`, the abscissa of a plot.
     """
 
     operation: str
@@ -42,6 +48,12 @@ class Row:
     fraction_of_floor: float | None = None
     peak_bytes: int | None = None
     note: str = ""
+    p99_ms: float | None = None
+    part: str = ""
+    agreement: float | None = None
+    error: float | None = None
+    held_bytes: int | None = None
+    at: float | None = None
 
 
 def find(rows: list[Row], operation: str, case: str, implementation: str) -> Row | None:
@@ -56,6 +68,9 @@ def first_of_ours(rows: list[Row], operation: str, case: str) -> Row | None:
     return own[0] if own else None
 
 
+_LIBRARIES = ("onnx", "onnxruntime", "openvino", "nncf", "tokenizers", "faiss-cpu")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a run was made."""
     return {
@@ -68,6 +83,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
         "dlmone_fast": dlmone_fast.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks.records import Row, first_of_ours, rows_of
 from dlmone_fast.evaluation.table import Table
 
-_COLUMNS = ["implementation", "median ms", "min ms", "GB/s", "TFLOP/s", "of floor", "peak MB",
-            "× our time", "× our memory", "samples"]  # fmt: skip
+_COLUMNS = ["implementation", "median ms", "p99 ms", "min ms", "GB/s", "TFLOP/s", "of floor",
+            "peak MB", "× our time", "× our memory", "samples"]  # fmt: skip
+_CALL_COLUMNS = ["of its call", "tokens as fp32", "output error", "held MB"]
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -32,28 +33,38 @@ def _environment(record: dict[str, Any]) -> str:
     return (
         f"{found['device']} (CPU {found['cpu']}), {found['threads']} threads, load average "
         f"{found['load_average']:.2f}; Python {found['python']}, torch {found['torch']}, triton "
-        f"{found['triton']}, commit {str(found['commit'])[:9]}{changes}, {found['date']}.\n"
+        f"{found['triton']}{_libraries(found)}, commit {str(found['commit'])[:9]}{changes}, "
+        f"{found['date']}.\n"
         f"Copy {machine['copy_gb_s']:.0f} GB/s measured. Floors: {machine['bandwidth_gb_s']:.0f} "
         f"GB/s, fp32 {machine['fp32_tflop_s']:.3g} and bf16 {machine['bf16_tflop_s']:.3g} "
         f"TFLOP/s ({machine['source']})."
     )
 
 
+def _libraries(found: dict[str, Any]) -> str:
+    versions = found.get("libraries", {}).items()
+    return "".join(f", {name} {version}" for name, version in versions if version)
+
+
 def _case(rows: list[Row], operation: str, case: str) -> str:
-    table = Table(_COLUMNS)
+    found = [row for row in rows if (row.operation, row.case) == (operation, case)]
+    of_calls = any(row.agreement is not None for row in found)
+    table = Table(_COLUMNS + (_CALL_COLUMNS if of_calls else []))
     own = first_of_ours(rows, operation, case)
-    for row in rows:
-        if (row.operation, row.case) == (operation, case):
-            table.add(row.implementation, *_cells(row, own))
-    return f"**{operation}, {case}**\n\n{table.markdown()}"
+    for row in found:
+        if row.median_ms is not None:
+            more = _call_cells(row, found, own) if of_calls else []
+            table.add(row.implementation, *_cells(row, own), *more)
+    notes = [f"- {row.implementation}: {row.note}" for row in found if row.median_ms is None]
+    parts = [f"**{operation}, {case}**", table.markdown(), "\n".join(notes)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _cells(row: Row, own: Row | None) -> list[str | int | None]:
-    if row.median_ms is None:
-        return [row.note or None, *[None] * 8]
     peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
     return [
-        f"{row.median_ms:.3f}",
+        _number(row.median_ms, ".3f"),
+        _number(row.p99_ms, ".3f"),
         _number(row.min_ms, ".3f"),
         _number(row.gigabytes_per_second, ".1f"),
         _number(row.teraflops, ".3g"),
@@ -63,6 +74,23 @@ def _cells(row: Row, own: Row | None) -> list[str | int | None]:
         _ratio(row.peak_bytes, own.peak_bytes if own else None),
         row.samples,
     ]
+
+
+def _call_cells(row: Row, found: list[Row], own: Row | None) -> list[str | None]:
+    accuracy = [_number(row.agreement, ".2%"), _number(row.error, ".2g")]
+    held = None if row.held_bytes is None else row.held_bytes / 1e6
+    return [_number(_share(row, found, own), ".1%"), *accuracy, _number(held, ".1f")]
+
+
+def _share(row: Row, found: list[Row], own: Row | None) -> float | None:
+    """A part's share of the call that it is named after, or of our first one."""
+    named = (
+        r for r in found if not r.part and row.implementation.startswith(f"{r.implementation},")
+    )
+    whole = next(named, own)
+    if not row.part or row.median_ms is None or whole is None or not whole.median_ms:
+        return None
+    return row.median_ms / whole.median_ms
 
 
 def _targets(targets: list[dict[str, Any]]) -> str:

@@ -54,6 +54,46 @@ class Stopwatch:
         return min(self.time(call) for _ in range(rounds))
 
 
+class WallClock(Stopwatch):
+    """Times whole calls: what the CPU does counts, and a GPU has finished before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.device("cpu"))
+        self.device = device
+
+    def time(self, call: Call) -> float:
+        """Seconds of one call."""
+        if self.device.type != "cuda":
+            return super().time(call)
+        torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        result = call()
+        torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - started
+        del result
+        return seconds
+
+
+def held_memory(call: Call, device: torch.device) -> tuple[Any, int | None]:
+    """The result of a first call, and the bytes of GPU memory that are kept after it.
+
+    CUDA graphs keep their intermediate results' memory from the call that records them to the
+    next ones, where `peak_memory` does not see it. None on a CPU.
+    """
+    if device.type != "cuda":
+        return call(), None
+    before = _reserved(device)
+    result = call()
+    return result, max(0, _reserved(device) - before)
+
+
+def _reserved(device: torch.device) -> int:
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
 def peak_memory(call: Call, device: torch.device) -> int | None:
     """Bytes in use at the worst moment of a call beyond those before it, its result included.
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import benchmarks.race
 from benchmarks.floors import Machine, Work
-from benchmarks.race import Race, ours
+from benchmarks.race import Race, ours, percentile
 from benchmarks.records import Row
 from benchmarks.timing import Stopwatch, peak_memory
 
@@ -36,24 +35,32 @@ class Pedantic:
             function(*args)
 
 
-def run(implementations: dict[str, Callable[[], Any]]) -> dict[str, Row]:
+def run(
+    implementations: dict[str, Callable[[], Any]],
+    fields: dict[str, dict[str, Any]] | None = None,
+    **attributes: float,
+) -> dict[str, Row]:
     reported: list[Row] = []
-    race = Race(Pedantic(), Stopwatch(CPU), MACHINE, reported.extend)
+    race = Race(Pedantic(), Stopwatch(CPU), MACHINE, reported.extend, **attributes)
     work = Work(bytes=8, flops=4)
-    race("sum", "ones", implementations, lambda r: None if r == 2 else f"{r} is not 2", work)
+
+    def check(result: object) -> str | None:
+        return None if result == 2 else f"{result} is not 2"
+
+    race("sum", "ones", implementations, check, work, fields=fields or {})
     return {row.implementation: row for row in reported}
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_implementations_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch, short: bool):
+def test_implementations_are_timed_in_turns(short: bool):
     """A short call is timed after one of its own kind that does not count."""
-    monkeypatch.setattr(benchmarks.race, "_SHORT_SECONDS", float("inf") if short else 0.0)
     order: list[str] = []
 
     def called(name: str) -> Callable[[], int]:
         return lambda: (order.append(name), 2)[1]
 
-    rows = run({name: called(name) for name in ("dlmone_fast torch", "a", "b")})
+    calls = {name: called(name) for name in ("dlmone_fast torch", "a", "b")}
+    rows = run(calls, short_seconds=float("inf") if short else 0.0)
     assert {row.samples for row in rows.values()} == {200}
     assert rows["dlmone_fast torch"].ours
     assert not rows["a"].ours
@@ -75,6 +82,25 @@ def test_wrong_and_failing_peers_are_reported_and_not_timed():
 def test_a_wrong_result_of_ours_fails():
     with pytest.raises(pytest.fail.Exception, match="3 is not 2"):
         run({"dlmone_fast torch": lambda: 3})
+
+
+def test_a_percentile_is_a_value_that_was_measured():
+    assert percentile([3.0, 1.0, 2.0], 99) == 3.0
+    assert percentile(range(200, 0, -1), 99) == 198
+    assert percentile(range(100), 99) == 98
+    row = run({"dlmone_fast torch": lambda: 2})["dlmone_fast torch"]
+    assert row.min_ms <= row.median_ms <= row.p99_ms
+
+
+def test_what_is_known_of_an_implementation_stands_in_its_row():
+    fields = {"a": {"agreement": 0.5, "part": "network"}, "b": {"note": "absent: not installed"}}
+    rows = run({"dlmone_fast torch": lambda: 2, "a": lambda: 2}, fields)
+    assert rows["a"].agreement == 0.5
+    # The work and the memory are the whole's.
+    assert (rows["a"].teraflops, rows["a"].peak_bytes) == (None, None)
+    assert rows["a"].median_ms is not None
+    assert rows["b"].note == "absent: not installed"
+    assert rows["b"].median_ms is None
 
 
 def test_own_backends_are_those_that_run_here():

@@ -113,6 +113,6 @@ def test_a_record_is_written_and_reads_back_as_a_report(tmp_path: Path):
     assert records.rows_of(read) == [*rows(4.0, 10.0), wrong]
     text = report.markdown(read)
     peer = next(line for line in text.splitlines() if line.startswith("| matmul + argmin"))
-    assert [cell.strip() for cell in peer.split("|")][8:10] == ["2.50", "50.00"]
+    assert [cell.strip() for cell in peer.split("|")][9:11] == ["2.50", "50.00"]
     assert "1 of 128 ids differ" in text
     assert "| met" in text

@@ -1,0 +1,106 @@
+"""Whole calls of `generate`, text in to text out, beside other libraries around the same network.
+
+Answers are compared with those of eager fp32 on the same noise before anything is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import generate_cases as cases
+from benchmarks import generate_targets as names
+from benchmarks.generate_cases import Case, Model, Point
+from benchmarks.generate_lineup import Lineup
+from benchmarks.generate_ours import Own, owns
+from benchmarks.generate_peers import Peer, peers
+from benchmarks.race import Race
+from benchmarks.timing import WallClock
+
+# Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
+_SHORT_SECONDS = 0.02
+_SCALING_SECONDS = 0.3
+
+
+@pytest.fixture
+def whole(race: Race, device: torch.device) -> Race:
+    """A race of whole calls."""
+    return replace(race, stopwatch=WallClock(device), short_seconds=_SHORT_SECONDS)
+
+
+@pytest.fixture(scope="session")
+def folder() -> Iterator[Path]:
+    """For exported networks; gone afterwards, for they are large."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.mark.shapes(cases.CASES)
+def test_generate(whole: Race, shape: Case, device: torch.device, folder: Path) -> None:
+    """Every backend and peer: the call, its network alone, and the parts around the network."""
+    model = cases.model(shape.config, device)
+    lineup = Lineup(model, shape.batch)
+    for contender in _contenders(model, folder, torch.get_num_threads()):
+        # On a CPU a peer's network in batches says nothing new, slowly.
+        lineup.add(
+            contender, device.type == "cuda" or shape.batch == 1 or isinstance(contender, Own)
+        )
+    lineup.add_phases()
+    precision = "fp32" if device.type == "cpu" else "bf16"
+    work = cases.work(shape, precision)
+    whole(names.OPERATION, shape, lineup.calls, None, work, fields=lineup.fields)
+
+
+@pytest.mark.shapes(cases.BATCHES)
+def test_generate_scaling_with_batch(whole: Race, shape: Point, device: torch.device) -> None:
+    """Time against the number of prompts."""
+    _time_point(whole, shape, device)
+
+
+@pytest.mark.shapes(cases.LENGTHS)
+def test_generate_scaling_with_length(whole: Race, shape: Point, device: torch.device) -> None:
+    """Time against the network's length."""
+    _time_point(whole, shape, device)
+
+
+@pytest.mark.shapes(cases.threads_up_to(os.cpu_count() or 1))
+def test_generate_scaling_with_threads(whole: Race, shape: Point, device: torch.device) -> None:
+    """Time against the number of CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(shape.value)
+    try:
+        _time_point(whole, shape, device)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time_point(race: Race, point: Point, device: torch.device) -> None:
+    case, model = point.case, cases.model(point.case.config, device)
+    found = _contenders(model, Path(), torch.get_num_threads())
+    lineup = Lineup(model, case.batch)
+    own = next(c for c in found if isinstance(c, Own) and lineup.add(c, parts=False))
+    plain = next(c for c in found if c.name == names.EAGER_FP32)
+    lineup.add(plain, parts=False)
+    kept = [own.name, plain.name]
+    race = replace(race, seconds_each=_SCALING_SECONDS)
+    race(
+        f"{names.OPERATION} by {point.axis}",
+        point,
+        {name: call for name, call in lineup.calls.items() if name in kept},
+        None,
+        cases.work(case, own.precision if own.precision == "fp32" else "bf16"),
+        fields={name: {**lineup.fields[name], "at": point.value} for name in kept},
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _contenders(model: Model, folder: Path, threads: int) -> list[Own | Peer]:
+    # Libraries take their number of threads when they are made, hence the argument.
+    return [*owns(model), *peers(model, folder)]
