@@ -1,7 +1,8 @@
-"""Everything that needs a GPU, in ten minutes: `OUT=folder python -m benchmarks.gpu_session`.
+"""What needs a GPU, ten minutes a part: `OUT=folder python -m benchmarks.gpu_session kernels`.
 
-Builds the extension in place, runs the kernel tests and, where CUDA's compute-sanitizer is
-installed, the CUDA kernels' tests under it, then times every kernel beside its peers. Each step has
+The parts are `kernels` and `generate`. Each builds the extension in place, runs the tests of its
+part and, where CUDA's compute-sanitizer is installed, the CUDA kernels' tests under it, then times
+every kernel, or generation as a whole, beside its peers. Each step has
 a log in $OUT (default: gpu-session) and a limit of its own; one that fails or is cut off stops
 none of the others. $OUT/summary.json has what came of each. Needs no network and nothing
 installed but torch, pytest and, for the benchmarks, pytest-benchmark.
@@ -9,6 +10,7 @@ installed but torch, pytest and, for the benchmarks, pytest-benchmark.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -23,6 +25,7 @@ from pathlib import Path
 from benchmarks.records import RESULTS, ROOT
 
 _SECONDS = 570
+_TESTED = {"kernels": "tests/kernels", "generate": "tests/runtime/engines"}
 _TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
@@ -46,22 +49,23 @@ class Outcome:
     note: str = ""
 
 
-def steps(out: Path) -> list[Step]:
-    """What runs, in order."""
+def steps(out: Path, part: str) -> list[Step]:
+    """What runs of a part, in order."""
     python = sys.executable
+    tests = _TESTED[part]
     found = [
         Step("machine", ["nvidia-smi"], 20, 480),
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, 330),
-        Step("tests", [python, *_TESTS, "tests/kernels", "--maxfail=40"], 180, 270),
+        Step("tests", [python, *_TESTS, tests, "--maxfail=40"], 180, 270),
     ]
     memcheck = shutil.which("compute-sanitizer") or _in_toolkit("compute-sanitizer")
-    if memcheck:
+    if memcheck and part == "kernels":
         command = [memcheck, "--tool", "memcheck", "--error-exitcode", "77", python, *_TESTS]
         command += ["tests/kernels", "-k", "cuda", "-x"]
         found.append(Step("memcheck", command, 90, 240))
-    timed = [python, "-m", "pytest", "benchmarks", "-k", "kernels", "--benchmark-only", "-q"]
+    timed = [python, "-m", "pytest", "benchmarks", "-k", part, "--benchmark-only", "-q"]
     timed += ["--device", "cuda", "--save-records", f"--benchmark-json={out / 'benchmark.json'}"]
-    return [*found, Step("kernels", timed, 400)]
+    return [*found, Step(part, timed, 400)]
 
 
 def run_all(found: list[Step], out: Path, seconds: float = _SECONDS) -> list[Outcome]:
@@ -119,11 +123,14 @@ def _described(outcome: Outcome) -> str:
 
 
 def main() -> int:
-    """Run every step; 1 if one of them failed."""
+    """Run every step of the part named first; 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=list(_TESTED))
+    part = parser.parse_args().part
     out = Path(os.environ.get("OUT", "gpu-session")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = set(RESULTS.rglob("*.json"))
-    outcomes = run_all(steps(out), out)
+    outcomes = run_all(steps(out, part), out)
     for record in set(RESULTS.rglob("*.json")) - before:
         shutil.copy(record, out / f"{record.parent.name}-{record.name}")
     return int(any(outcome.exit_code != 0 for outcome in outcomes))

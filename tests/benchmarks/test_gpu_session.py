@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu_session import Step, run_all, steps
 
 
@@ -33,7 +35,8 @@ def test_every_step_has_its_chance(tmp_path: Path):
     ]
 
 
-def test_the_limits_leave_time_for_the_benchmarks(tmp_path: Path):
-    found = steps(tmp_path)
-    assert found[-1].name == "kernels"
+@pytest.mark.parametrize("part", ["kernels", "generate"])
+def test_the_limits_leave_time_for_the_benchmarks(tmp_path: Path, part: str):
+    found = steps(tmp_path, part)
+    assert found[-1].name == part
     assert all(step.leave >= 240 for step in found[:-1])
