@@ -8,6 +8,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,19 +170,20 @@ class _Slot:
         if rows == self._rows:
             return
         length, width = self._config.seq_len, self._config.embedding_dim
-        # Ordinary tensors even where the caller is in inference mode: later calls may not be.
+        self._x_t = np.empty((rows, length, width), np.float32)
+        self._x0 = np.empty((rows, length, width), np.float32)
+        # An ordinary tensor even where the caller is in inference mode: later calls may not be.
         with torch.inference_mode(False):
-            self._x_t = torch.empty(rows, length, width)
             self._t_vector = torch.empty(rows, self._config.hidden_size)
-            self._x0 = torch.empty(rows, length, width)
         self._request.set_input_tensor(0, self._shared(self._x_t))
-        self._request.set_input_tensor(1, self._shared(self._t_vector))
+        self._request.set_input_tensor(1, self._shared(self._t_vector.numpy()))
         self._request.set_output_tensor(0, self._shared(self._x0))
         self._rows = rows
 
     def run(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 [B, L, d], in new memory."""
-        self._x_t.copy_(x_t.detach())
+        # numpy copies: threads that torch had woken would spin on OpenVINO's processors.
+        np.copyto(self._x_t, x_t.detach().float().numpy())
         try:
             torch.index_select(self._time_vectors, 0, t, out=self._t_vector)
         except (IndexError, RuntimeError):
@@ -189,10 +191,12 @@ class _Slot:
             self._schedule.timesteps(t, x_t)
             raise
         self._request.infer(share_outputs=True)
-        return self._x0.clone()
+        x0 = torch.empty(self._x0.shape)
+        np.copyto(x0.numpy(), self._x0)
+        return x0
 
-    def _shared(self, tensor: Tensor) -> Any:
-        return self._tensor(tensor.numpy(), shared_memory=True)
+    def _shared(self, array: np.ndarray) -> Any:
+        return self._tensor(array, shared_memory=True)
 
 
 def why_not_openvino(request: EngineRequest) -> str | None:
