@@ -24,7 +24,7 @@ from dlmone_fast.kernels.forward_diffusion_arguments import (
     draws_for,
     targets_of,
 )
-from dlmone_fast.kernels.noise import normal_of_draws
+from dlmone_fast.kernels.noise import NORMAL_NS, normal_of_draws
 from dlmone_fast.kernels.triton import support
 
 _OP = "forward_diffusion"
@@ -294,7 +294,7 @@ def _cpp(
         sigma=sigma.data_ptr(),
         mask=0 if targets is None else targets.data_ptr(),
         out=out.data_ptr(),
-        threads=torch.get_num_threads(),
+        threads=native.threads_for(out.numel() * NORMAL_NS),
         path=path,
     )
     return out

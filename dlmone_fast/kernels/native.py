@@ -6,15 +6,19 @@ import importlib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dlmone_fast.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MODULE = "dlmone_fast._C"
 # The limit that csrc/bindings.h sets.
 _MOST_THREADS = 1024
+# Less than this is over before a team of threads pays for being woken; its threads then go on to
+# spin for a while, at the cost of whatever library computes next.
+_WORTH_A_TEAM_NS = 1e6
 _BUILD_NOTE = Path(__file__).resolve().parent.parent / "_native_build.txt"
 
 
@@ -48,10 +52,19 @@ def why_missing() -> str | None:
     return _load()[1]
 
 
+def threads_for(nanoseconds: float) -> int:
+    """Threads for work that takes one of them about so long: one, or as many as torch uses."""
+    import torch
+
+    return torch.get_num_threads() if nanoseconds >= _WORTH_A_TEAM_NS else 1
+
+
 def why_not_on(tensor: Tensor) -> str | None:
     """One line saying why the CPU code cannot run on the tensor, or None when it can."""
     if tensor.device.type != "cpu":
         return f"it runs on CPU tensors, not on {tensor.device.type}"
+    import torch
+
     threads = torch.get_num_threads()
     if threads > _MOST_THREADS:
         return f"it takes at most {_MOST_THREADS} threads, and torch.set_num_threads set {threads}"

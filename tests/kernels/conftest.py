@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dlmone_fast.kernels import native
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
@@ -14,6 +16,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def teams_for_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases, too, run on as many threads as torch has: a race among them would show."""
+    monkeypatch.setattr(native, "_WORTH_A_TEAM_NS", 0.0)
 
 
 @pytest.fixture
