@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from dlmone_fast.runtime.pool import MAX_QUEUED
 ENVIRONMENT_VARIABLE = "DLMONE_FAST_MODEL"
 _PACKAGED = Path(__file__).parents[1] / "assets"
 
+_MOST_KEPT = 8
+"""Models named by their folders that `generate` keeps; the one that was used longest ago goes."""
+
 _lock = threading.Lock()
+_loading: dict[Path, threading.Lock] = {}
 _loaded: dict[Path, tuple[int, Generator]] = {}
 _last: list[Generator] = []
 
@@ -89,8 +94,10 @@ def unload() -> None:
         kept = [*_last, *(generator for _, generator in _loaded.values())]
         _last.clear()
         _loaded.clear()
-    for generator in kept:
-        generator.unload()
+    with ExitStack() as every:
+        # All of them, even if one refuses.
+        for generator in kept:
+            every.callback(generator.unload)
 
 
 def default_folder() -> Path | None:
@@ -137,6 +144,8 @@ def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
     if model is not None:
         return _cached(_locate(model))
     with _lock:
+        # One that was unloaded is not a model any more.
+        _last[:] = [generator for generator in _last if not generator.unloaded]
         if _last:
             return _last[0]
     folder = default_folder()
@@ -161,6 +170,26 @@ def _cached(path: Path) -> Generator:
     stamp = manifest.stat().st_mtime_ns if manifest.exists() else 0
     key = path.resolve()
     with _lock:
-        if key not in _loaded or _loaded[key][0] != stamp:
-            _loaded[key] = stamp, load_model(path)
-        return _loaded[key][1]
+        loading = _loading.setdefault(key, threading.Lock())
+    # Calls on other models do not wait for this one to load.
+    with loading:
+        with _lock:
+            kept = _loaded.pop(key, None)
+        if kept is None or kept[0] != stamp or kept[1].unloaded:
+            kept = stamp, load_model(path)
+        with _lock:
+            _loaded[key] = kept
+            while len(_loaded) > _MOST_KEPT:
+                _loaded.pop(next(iter(_loaded)))
+        return kept[1]
+
+
+def _after_fork() -> None:
+    # Whoever held these locks is not in this process.
+    global _lock
+    _lock = threading.Lock()
+    _loading.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

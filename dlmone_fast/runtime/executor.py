@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -16,8 +17,11 @@ from dlmone_fast.runtime.options import GenerationSettings
 from dlmone_fast.runtime.pipeline import Pipeline
 from dlmone_fast.runtime.pool import RunnerPool
 from dlmone_fast.runtime.rows import Rows
-from dlmone_fast.runtime.ties import unclear_rows
+from dlmone_fast.runtime.ties import clear_margin, unclear_rows
 from dlmone_fast.samplers.loop import SamplerOptions, sample
+
+# Few-step generation with other numbers of steps than these makes room first.
+_MOST_PIPELINES = 32
 
 
 class Executor:
@@ -34,7 +38,10 @@ class Executor:
         self.pool = RunnerPool(engine, max_queued)
         # The table is frozen here: normalising it once a load instead of once a call.
         self.vocabulary = Vocabulary(denoiser.embedding.detach())
+        self.device = self.vocabulary.table.device
+        self._clear = clear_margin(self.vocabulary.table)
         self._pipelines: dict[tuple[int, int, bool], Pipeline] = {}
+        self._warming = threading.Lock()
 
     @property
     def table(self) -> Tensor:
@@ -44,51 +51,66 @@ class Executor:
     def pipeline(self, settings: GenerationSettings) -> Pipeline:
         """A student's generation with these settings."""
         key = (settings.t_init, settings.steps, settings.scale_latent)
-        if key not in self._pipelines:
-            self._pipelines[key] = Pipeline(self.denoiser.schedule, self.vocabulary, *key)
-        return self._pipelines[key]
+        found = self._pipelines.get(key)
+        if found is None:
+            if len(self._pipelines) >= _MOST_PIPELINES:
+                self._pipelines.clear()
+            found = self._pipelines[key] = Pipeline(self.denoiser.schedule, self.vocabulary, *key)
+        return found
+
+    def close(self) -> None:
+        """Wait for calls under way, refuse later ones, and let go of the networks."""
+        self.pool.close()
+        self._pipelines.clear()
+        self.vocabulary = self.denoiser = None  # type: ignore[assignment]
 
     @torch.inference_mode()
     def ids(self, rows: Rows, settings: GenerationSettings, decode: str = "clean") -> Tensor:
         """Ids [B, L] of one network batch, on the CPU; source positions keep their ids."""
         with self.pool.runner() as runner:
-            if settings.kind == "student" and decode == "clean":
-                return self._student(runner, rows, settings)
-            device = self.table.device
-            ids, mask = rows.ids.to(device), rows.mask.to(device)
-            if settings.kind == "student":
-                draws = rows.batch(settings.steps).draws.to(device)
-                x0 = self.pipeline(settings).embeddings(runner.predict, ids, mask, draws)
-            else:
-                x0 = self._sampled(runner, rows, ids, mask, settings)
-            target = mask != 0
-            if decode == "diffuseq":
-                return torch.where(target, self.denoiser.logits(x0).argmax(-1), ids).cpu()
-            found = ids.clone()
-            found[target] = nearest_token(x0[target], self.vocabulary)
-            return found.cpu()
+            return self._generated(runner, rows, settings, decode)
 
+    def _generated(
+        self, runner: Runner, rows: Rows, settings: GenerationSettings, decode: str
+    ) -> Tensor:
+        if settings.kind == "student" and decode == "clean":
+            return self._student(runner, rows, settings)
+        ids, mask = rows.ids.to(self.device), rows.mask.to(self.device)
+        if settings.kind == "student":
+            draws = rows.batch(settings.steps).draws.to(self.device)
+            x0 = self.pipeline(settings).embeddings(runner.predict, ids, mask, draws)
+        else:
+            x0 = self._sampled(runner, rows, ids, mask, settings)
+        target = mask != 0
+        if decode == "diffuseq":
+            return torch.where(target, self.denoiser.logits(x0).argmax(-1), ids).cpu()
+        found = ids.clone()
+        found[target] = nearest_token(x0[target], self.vocabulary)
+        return found.cpu()
+
+    @torch.inference_mode()
     def warmup(self, rows: Rows, settings: GenerationSettings) -> None:
-        """Let every runner answer once, at the size of these rows."""
-        with ExitStack() as held, self.pool.call():
+        """Let every runner answer once at the size of these rows, and alone."""
+        # One at a time: two would wait for each other's runners.
+        with self.pool.call(), self._warming, ExitStack() as held:
             # All at once: a runner that is free again would be handed out a second time.
             for _ in range(self.pool.engine.runners):
                 runner = held.enter_context(self.pool.runner())
-                if settings.kind == "student":
-                    self._student(runner, rows, settings)
+                for part in (rows, rows.part(0, 1)):
+                    self._generated(runner, part, settings, "clean")
 
     def _student(self, runner: Runner, rows: Rows, settings: GenerationSettings) -> Tensor:
         pipeline, batch = self.pipeline(settings), rows.batch(settings.steps)
         ids, margins = runner.ids(pipeline, batch)
         if len(batch) > 1 and self._has_canonical_ids():
-            for row in unclear_rows(margins, self.table):
+            for row in unclear_rows(margins, self._clear):
                 alone, _ = runner.ids(pipeline, batch.part(row, row + 1))
                 ids[row] = alone[0]
         return ids
 
     def _has_canonical_ids(self) -> bool:
         # The noise of a 16-bit network is beyond what margins can mend.
-        return self.pool.engine.precision == "fp32" and self.table.device.type == "cpu"
+        return self.pool.engine.precision == "fp32" and self.device.type == "cpu"
 
     def _sampled(
         self, runner: Runner, rows: Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings

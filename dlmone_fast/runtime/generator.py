@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from tqdm import tqdm
 
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.data.layouts import SEPARATORS, kept_lengths
@@ -27,7 +26,7 @@ from dlmone_fast.runtime.executor import Executor
 from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED
 from dlmone_fast.runtime.rows import Rows
-from dlmone_fast.runtime.streaming import in_windows
+from dlmone_fast.runtime.streaming import in_windows, with_progress
 from dlmone_fast.tokenizer import Tokenizer
 
 
@@ -92,7 +91,7 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self._executor.table.device
+        return self._executor.device
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -227,7 +226,8 @@ class Generator:
         prompts: Iterable[str],
         *,
         batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = 0,
+        on_overflow: str = "error",
         **call: Any,
     ) -> Iterator[Any]:
         """Generate from any number of prompts, one answer a prompt, in order.
@@ -238,14 +238,27 @@ class Generator:
         Args:
             prompts: source texts; read as answers are taken.
             batch_size: rows a network call.
-            seed: the seed of every prompt.
-            call: further arguments of `generate`, which apply to each window.
+            seed: the seed of every prompt; None for fresh ones.
+            on_overflow: as for `generate`.
+            call: further arguments of `generate` but `return_dict`.
+
+        Raises:
+            UsageError: an argument is out of its bounds.
+            PromptError: when a bad prompt's window is reached; it names the prompt's place.
         """
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
-        generate = partial(
-            self.generate, batch_size=batch_size, seed=seed, **{"progress": False, **call}
-        )
-        return in_windows(prompts, batch_size, generate)
+        if seed is not None:
+            options.whole_number("seed", seed, 0, options.MAX_SEED)
+        if "return_dict" in call:
+            raise UsageError("return_dict: generate_iter yields answers one by one; leave it out")
+        shared = {"seed": seed, "on_overflow": on_overflow, "progress": False, **call}
+        generate = partial(self.generate, batch_size=batch_size, **shared)
+
+        def check(prompt: str) -> None:
+            encoded = self.tokenizer.encode(options.prompts_of([prompt]))
+            self._rows(encoded, self.settings.max_source_tokens, [0], 1, on_overflow)
+
+        return in_windows(prompts, batch_size, generate, check)
 
     def warmup(
         self, batch_sizes: Sequence[int] = (1,), lengths: Sequence[int] | None = None
@@ -271,12 +284,15 @@ class Generator:
             rows, _ = self._rows(empty, self.settings.max_source_tokens, [0] * size, 1, "error")
             self._executor.warmup(rows, self.settings)
 
-    def unload(self) -> None:
-        """Wait for calls under way, refuse later ones, and give the engine's memory back.
+    @property
+    def unloaded(self) -> bool:
+        """Whether `unload` was called."""
+        return self._executor.pool.closed
 
-        The networks' own memory follows once nothing refers to this object.
-        """
-        self._executor.pool.close()
+    def unload(self) -> None:
+        """Wait for calls under way, refuse later ones, and give the model's memory back."""
+        self._executor.close()
+        self.__dict__.pop("denoiser", None)
 
     def _encoded(self, texts: Sequence[str]) -> Rows:
         rows, _ = self._rows(
@@ -327,7 +343,7 @@ class Generator:
             size = 1 if batch_invariant else batch_size
             parts = [
                 self._executor.ids(rows.part(first, first + size), settings, decode)
-                for first in _progress(range(0, len(rows), size), progress)
+                for first in with_progress(range(0, len(rows), size), progress)
             ]
         ids = torch.cat(parts) if parts else rows.ids
         targets = [row[mask != 0].tolist() for row, mask in zip(ids, rows.mask, strict=True)]
@@ -360,9 +376,11 @@ class Generator:
             limit,
             on_overflow=on_overflow,  # type: ignore[arg-type]
         )
+        if n > 1:
+            ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rows = Rows(
-            ids.repeat_interleave(n, 0),
-            mask.repeat_interleave(n, 0),
+            ids,
+            mask,
             [seed for seed in seeds for _ in range(n)],
             list(range(n)) * len(encoded),
         )
@@ -381,9 +399,3 @@ class Generator:
             steps=steps or self.settings.steps,
             seconds=batched.seconds,
         )
-
-
-def _progress(batches: range, progress: bool | None) -> Iterator[int]:
-    # tqdm's own None hides the bar when stderr is no terminal.
-    hidden = None if progress is None and len(batches) > 1 else not progress
-    yield from tqdm(batches, desc="generate", unit="batch", disable=hidden, leave=False)

@@ -84,10 +84,10 @@ class Pipeline:
         x0 = self.embeddings(predict, ids, mask, batch.draws.to(device))
         target = mask != 0
         found = ids.clone()
-        margins = torch.full(target.shape, float("inf"), device=device)
         if len(batch) == 1:
             found[target] = nearest_token(x0[target], self.vocabulary)
-        else:
-            x0 = x0[target]
-            found[target], margins[target] = nearest_token_with_margin(x0, self.vocabulary)
+            return found.cpu(), torch.full((1,), float("inf"))
+        margins = torch.full(target.shape, float("inf"), device=device)
+        x0 = x0[target]
+        found[target], margins[target] = nearest_token_with_margin(x0, self.vocabulary)
         return found.cpu(), margins.amin(1).cpu()

@@ -32,6 +32,7 @@ class RunnerPool:
         self._made = 0
         self._calls = 0
         self._closed = False
+        self._released = False
         self._process: int | None = None
 
     @contextmanager
@@ -70,16 +71,24 @@ class RunnerPool:
                 self._free.append(runner)
                 self._changed.notify_all()
 
+    @property
+    def closed(self) -> bool:
+        """Whether calls are refused for good."""
+        return self._closed
+
     def close(self) -> None:
-        """Refuse new calls, wait for those under way, and give the engine's memory back."""
+        """Refuse new calls, wait for those under way, and give the engine's memory back.
+
+        Whoever calls it returns when that is done; after an interruption it may be called again.
+        """
         self._check_process()
         with self._changed:
-            if self._closed:
-                return
             self._closed = True
             self._changed.wait_for(lambda: self._calls == 0)
-            self._free.clear()
-        self.engine.close()
+            if not self._released:
+                self._free.clear()
+                self.engine.close()
+                self._released = True
 
     def _take(self) -> Runner:
         with self._changed:

@@ -36,9 +36,10 @@ class Rows:
 
     def batch(self, steps: int) -> RowBatch:
         """The rows as tensors alone, for `steps` network calls."""
-        first = draws_of(self.seeds, self.candidates, 0, torch.device("cpu"))
-        draws = first.repeat(steps, 1, 1)
-        draws[:, :, 3] = torch.arange(steps).unsqueeze(1)
+        draws = draws_of(self.seeds, self.candidates, 0, torch.device("cpu")).unsqueeze(0)
+        if steps > 1:
+            draws = draws.repeat(steps, 1, 1)
+            draws[:, :, 3] = torch.arange(steps).unsqueeze(1)
         return RowBatch(self.ids, self.mask, draws)
 
 

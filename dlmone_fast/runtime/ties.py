@@ -20,13 +20,17 @@ outputs so little that no margin could have moved by more than 2e-6. A trained s
 the threshold in 1 row of 2,000."""
 
 
-def unclear_rows(margins: Tensor, table: Tensor) -> list[int]:
+def clear_margin(table: Tensor) -> float:
+    """The margin above which a choice among the embeddings [V, d] is clear."""
+    return THRESHOLD * float(table.square().sum(-1).mean())
+
+
+def unclear_rows(margins: Tensor, clear: float) -> list[int]:
     """Rows whose smallest margin is too small to be sure of.
 
     Args:
         margins: [B]; the smallest difference of squared distances of a row's positions.
-        table: the embeddings [V, d].
+        clear: as `clear_margin` gives it.
     """
-    clear = margins > THRESHOLD * table.square().sum(-1).mean()
     # NaN counts as unclear.
-    return torch.nonzero(~clear).squeeze(-1).tolist()
+    return torch.nonzero(~(margins > clear)).squeeze(-1).tolist()

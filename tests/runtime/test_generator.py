@@ -162,15 +162,16 @@ def test_near_ties_are_decided_by_the_row_alone(monkeypatch: pytest.MonkeyPatch)
     alone = ids_of(generator, prompts, seeds, 1)
     assert ids_of(generator, prompts, seeds, 64) == alone
     assert ids_of(generator, prompts, seeds, 7) == alone
-    monkeypatch.setattr(ties, "THRESHOLD", -1.0)
+    monkeypatch.setattr(generator._executor, "_clear", -1.0)
     assert ids_of(generator, prompts, seeds, 64) != alone, "the case is too easy"
 
 
 def test_rows_with_a_choice_that_is_not_clear_are_named():
-    table = torch.eye(4)
-    margins = torch.tensor([1.0, 1e-4, float("inf"), float("nan"), 0.0])
-    assert ties.unclear_rows(margins, table) == [1, 3, 4]
-    assert ties.unclear_rows(margins[:0], table) == []
+    clear = ties.clear_margin(2 * torch.eye(4))
+    assert clear == pytest.approx(4 * ties.THRESHOLD)
+    margins = torch.tensor([1.0, clear / 2, float("inf"), float("nan"), 0.0])
+    assert ties.unclear_rows(margins, clear) == [1, 3, 4]
+    assert ties.unclear_rows(margins[:0], clear) == []
 
 
 @pytest.mark.parametrize("steps", [1, 4])

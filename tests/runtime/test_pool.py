@@ -189,3 +189,41 @@ def test_warmup_makes_every_runner_and_checks_its_arguments():
         generator.warmup(lengths=[16])
     with pytest.raises(UsageError, match="batch_sizes"):
         generator.warmup(batch_sizes=[0])
+
+
+def test_warm_ups_side_by_side_do_not_wait_for_each_other():
+    generator = tiny.generator()
+    engine = CountingEngine()
+    own = generator._executor.pool.engine
+    engine.runner = lambda: (time.sleep(0.01), own.runner())[1]  # type: ignore[method-assign]
+    generator._executor.pool.engine = engine
+    with ThreadPoolExecutor(4) as threads:
+        waits = [threads.submit(generator.warmup) for _ in range(4)]
+        assert [wait.result(timeout=60) for wait in waits] == [None] * 4
+    assert isinstance(generator.generate("ba"), str)
+
+
+def test_an_interrupted_or_failed_closing_is_finished_by_the_next():
+    engine = CountingEngine()
+    pool = RunnerPool(engine)
+    engine.close = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    with pytest.raises(ZeroDivisionError):
+        pool.close()
+    del engine.close
+    pool.close()
+    assert engine.closed == 1
+
+
+def test_everyone_who_closes_waits_for_calls_under_way():
+    pool = RunnerPool(CountingEngine())
+    done: list[str] = []
+    closers = [threading.Thread(target=lambda: (pool.close(), done.append("closed")))
+               for _ in range(2)]  # fmt: skip
+    with pool.call():
+        for closer in closers:
+            closer.start()
+        time.sleep(0.05)
+        done.append("call")
+    for closer in closers:
+        closer.join(10)
+    assert done == ["call", "closed", "closed"]

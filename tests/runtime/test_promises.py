@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -88,6 +91,60 @@ def test_backends_are_named_and_refused_with_the_reason(tmp_path):  # type: igno
     if not torch.cuda.is_available():
         with pytest.raises(BackendUnavailableError, match=r"'graph' was asked for and cannot run"):
             default.load_model(folder, backend="graph")
+
+
+def test_auto_that_finds_nothing_tells_every_reason(tmp_path):  # type: ignore[no-untyped-def]
+    folder = tiny.save(tmp_path / "model")
+    with pytest.raises(
+        BackendUnavailableError, match=r"no backend can run int8.*eager:.*openvino:"
+    ):
+        default.load_model(folder, dtype="int8")
+
+
+def test_unloading_gives_the_weights_back(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(default, "_last", [])
+    generator = dlmone_fast.load(tiny.save(tmp_path / "model"), dtype="bf16", backend="eager")
+    generator.generate("ba")
+    weights = [
+        weakref.ref(generator.denoiser),
+        weakref.ref(generator._executor.pool.engine.network),
+    ]
+    generator.unload()
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
+    # The one that was loaded last is none any more: the search goes on.
+    with pytest.raises(ModelNotLoadedError, match="no model is loaded"):
+        dlmone_fast.generate("ba")
+
+
+def test_calls_on_one_model_do_not_wait_for_another_to_load(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(default, "_loaded", {})
+    monkeypatch.setattr(default, "_last", [])
+    ready, slow = (tiny.save(tmp_path / name) for name in ("ready", "slow"))
+    loaded = dlmone_fast.load(ready)
+    entered, leave = threading.Event(), threading.Event()
+
+    def load_slowly(path):  # type: ignore[no-untyped-def]
+        entered.set()
+        assert leave.wait(30)
+        return tiny.generator()
+
+    monkeypatch.setattr(default, "load_model", load_slowly)
+    loading = threading.Thread(target=lambda: dlmone_fast.generate("ba", model=slow))
+    loading.start()
+    assert entered.wait(10)
+    assert dlmone_fast.generate("ba") == loaded.generate("ba")
+    leave.set()
+    loading.join(30)
+
+
+def test_few_models_named_by_folder_are_kept(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(default, "_loaded", {})
+    monkeypatch.setattr(default, "load_model", lambda path: tiny.generator())
+    for number in range(default._MOST_KEPT + 3):
+        dlmone_fast.generate("ba", model=tmp_path / str(number))
+    kept = [path.name for path in default._loaded]
+    assert kept == [str(n) for n in range(3, default._MOST_KEPT + 3)]
 
 
 def test_unloading_forgets_every_model(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]

@@ -47,19 +47,26 @@ def test_prompts_of_one_length_share_a_batch():
     assert [len(set(batch)) for batch in seen] == [1, 1]
 
 
-def test_candidates_and_dicts_pass_through():
+def test_further_arguments_pass_through_and_those_that_cannot_are_refused():
     generator = tiny.generator()
     prompts = tiny.prompts(3)
     several = list(generator.generate_iter(prompts, num_candidates=2))
     assert several == generator.generate(prompts, num_candidates=2)
+    with pytest.raises(UsageError, match="return_dict"):
+        generator.generate_iter(prompts, return_dict=True)
+    with pytest.raises(UsageError, match="seed must be a whole number"):
+        generator.generate_iter(prompts, seed=[1, 2, 3])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [None, 7, "\ud800", "ba " * 100])
 def test_a_bad_prompt_is_named_by_its_place_in_the_input(bad: object):
     prompts = [*tiny.prompts(2 * WINDOW_BATCHES + 3), bad]
-    answers = tiny.generator().generate_iter(prompts, batch_size=2)  # type: ignore[arg-type]
+    generator = tiny.generator()
+    answers = generator.generate_iter(prompts, batch_size=2)  # type: ignore[arg-type]
     good = list(itertools.islice(answers, 2 * WINDOW_BATCHES))
     assert len(good) == 2 * WINDOW_BATCHES
+    # Nothing of a window with a bad prompt runs, not even to find it.
+    generator._executor.ids = None  # type: ignore[assignment, method-assign]
     with pytest.raises(PromptError, match=rf"prompts\[{len(prompts) - 1}\]"):
         next(answers)
 

@@ -48,9 +48,13 @@ def make_engine(backend: str, request: EngineRequest) -> Engine:
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    asked = backend
     if backend == "auto":
         backend = _automatic(request)
     reason = why_unavailable(backend, request)
+    if reason and asked == "auto":
+        listed = "; ".join(f"{b}: {why_unavailable(b, request)}" for b in BACKENDS[1:])
+        raise BackendUnavailableError(f"no backend can run {request.precision} here ({listed})")
     if reason:
         available = [b for b in BACKENDS[1:] if why_unavailable(b, request) is None]
         raise BackendUnavailableError(

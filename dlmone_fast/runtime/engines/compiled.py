@@ -44,6 +44,11 @@ class CompileEngine(Engine):
         """A new runner."""
         return _CompileRunner(self)
 
+    def close(self) -> None:
+        """Drop the converted weights and what was compiled for them."""
+        self._compiled.clear()
+        del self.network
+
     def body(self, x_t: Tensor, time: Tensor) -> Tensor:
         """x̂0 [B, L, d] of x_t and the time embedding [B, H], B a bucket."""
         key = tuple(x_t.shape)

@@ -29,6 +29,10 @@ class EagerEngine(Engine):
         """A new runner."""
         return _EagerRunner(self.network)
 
+    def close(self) -> None:
+        """Drop the converted weights."""
+        del self.network
+
 
 class _EagerRunner(Runner):
     def __init__(self, network: InferenceNetwork) -> None:

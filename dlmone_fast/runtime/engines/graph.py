@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -26,6 +26,8 @@ from dlmone_fast.runtime.engines.network import DTYPES, InferenceNetwork
 from dlmone_fast.runtime.engines.recorded import RecordedNetwork, RecordedPath
 from dlmone_fast.runtime.pipeline import Pipeline
 from dlmone_fast.runtime.rows import RowBatch
+
+_MOST_RECORDINGS = 64
 
 _log = logging.getLogger("dlmone_fast")
 
@@ -134,12 +136,6 @@ class GraphRunner(Runner):
 
         return torch.cat(self._parts(len(batch), part)), margins
 
-    @torch.inference_mode()
-    def warmup(self, pipeline: Pipeline, sizes: Sequence[int], length: int) -> None:
-        """Record the graphs that batches of these sizes and this length will need."""
-        for size in sizes:
-            self._parts(size, lambda i, j: self._path(pipeline, bucket_of(j - i), length))
-
     def drop(self) -> None:
         """Drop the graphs and give their memory back."""
         self._lane.wait()
@@ -183,15 +179,26 @@ class GraphRunner(Runner):
             bucket // 2,
         )
         self._engine.fits_no_more_than(bucket // 2)
+        self._lane.wait()
         with CAPTURING:
+            for key in [key for key, found in self._recordings.items() if found.rows >= bucket]:
+                self._recordings.pop(key).drop()
             self._lane.release()
 
     def _recorded(self, key: tuple[Hashable, ...], record: Callable[[], R]) -> R:
         self._engine.check()
         found = self._recordings.get(key)
         if found is None:
+            self._make_room()
             found = self._recordings[key] = self._record(record)
         return found  # type: ignore[return-value]
+
+    def _make_room(self) -> None:
+        # Few-step generation with ever other numbers of steps would fill the device.
+        while len(self._recordings) >= _MOST_RECORDINGS:
+            self._lane.wait()
+            with CAPTURING:
+                self._recordings.pop(next(iter(self._recordings))).drop()
 
     def _record(self, record: Callable[[], R]) -> R:
         with CAPTURING:

@@ -28,6 +28,7 @@ class RecordedPath:
         self._lane, self._network = lane, network
         # Holds the vocabulary, whose prepared tables the recording reads.
         self._pipeline = pipeline
+        self.rows = rows
         self._shape = rows, length, len(pipeline.times)
         with lane.entered():
             count = sum(_sizes(*self._shape))
@@ -94,6 +95,7 @@ class RecordedNetwork:
 
     def __init__(self, lane: Lane, network: InferenceNetwork, rows: int, length: int) -> None:
         self._lane, self._network = lane, network
+        self.rows = rows
         width, device = network.config.embedding_dim, network.device
         with lane.entered():
             self._x_t = torch.zeros(rows, length, width, device=device)

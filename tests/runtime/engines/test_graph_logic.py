@@ -177,16 +177,24 @@ def test_predictions_leave_as_copies(engine: graph.GraphEngine):
     assert len(runner._lane.calls) == 1
 
 
-def test_warmup_records_what_batches_will_need(
+def test_each_recording_is_logged_and_serves_its_bucket(
     engine: graph.GraphEngine, caplog: pytest.LogCaptureFixture
 ):
     runner, pipeline = engine.runner(), pipeline_of()
     with caplog.at_level("INFO", "dlmone_fast"):
-        runner.warmup(pipeline, (1, 7), tiny.SEQ_LEN)
+        for rows in (1, 7, 5):
+            runner.ids(pipeline, batch_of(rows))
     assert len(runner._lane.calls) == 2
     assert caplog.text.count("MiB") == 2
-    runner.ids(pipeline, batch_of(5))
-    assert len(runner._lane.calls) == 2
+
+
+def test_recordings_are_bounded(engine: graph.GraphEngine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(graph, "_MOST_RECORDINGS", 2)
+    runner = engine.runner()
+    for steps in (1, 2, 3):
+        runner.ids(pipeline_of(steps), batch_of(1, steps))
+    assert [call.work is None for call in runner._lane.calls] == [True, False, False]
+    assert len(runner._recordings) == 2
 
 
 def test_where_memory_ends_parts_get_smaller(
@@ -263,8 +271,11 @@ def test_a_fork_is_refused(engine: graph.GraphEngine, monkeypatch: pytest.Monkey
     parent = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     x_t, t = torch.randn(2, 20, 16), torch.full((2,), 30)
-    uses = (lambda: runner.ids(pipeline, batch_of(2)), lambda: runner.predict(x_t, t),
-            lambda: runner.warmup(pipeline, (2,), 20), engine.runner)  # fmt: skip
+    uses = (
+        lambda: runner.ids(pipeline, batch_of(2)),
+        lambda: runner.predict(x_t, t),
+        engine.runner,
+    )
     for use in uses:
         with pytest.raises(ForkedProcessError, match=f"loaded in process {parent}.*'spawn'"):
             use()
