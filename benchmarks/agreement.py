@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("data_dir", help="its data")
     parser.add_argument("--prompts", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--backends", nargs="+", default=BACKENDS[1:], choices=BACKENDS[1:])
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     options = parser.parse_args(arguments)
     rows = load_rows(options.data_dir, "train", limit=options.prompts)
     prompts = [row.src for row in rows]
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expected = _ids(reference, prompts, options.batch_size)
     measures = ["tokens as fp32", "texts changed by the batch", "ms a prompt", "alone", "quality"]
     table = Table(["backend", "precision", *measures], "ll" + "r" * len(measures))
-    for backend, precision in itertools.product(BACKENDS[1:], PRECISIONS):
+    for backend, precision in itertools.product(options.backends, options.precisions):
         try:
             model = load_model(
                 options.model, backend=backend, dtype=precision, calibration=calibration
