@@ -6,6 +6,7 @@ Nothing in `embeddings` depends on the values of its tensors, so a CUDA graph ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dlmone_fast.runtime.rows import RowBatch
 from dlmone_fast.samplers.one_step import renoising_times
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+PredictFrom = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Pipeline:
@@ -54,10 +56,18 @@ class Pipeline:
         """What tells two pipelines of one model apart."""
         return (*self.times, *self.sigmas)
 
-    def embeddings(self, predict: Predict, ids: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
+    def embeddings(
+        self,
+        predict: Predict,
+        ids: Tensor,
+        mask: Tensor,
+        draws: Tensor,
+        last: Predict | None = None,
+    ) -> Tensor:
         """x̂0 [B, L, d] of the last call; source positions hold what the network says there.
 
-        Arguments as in `RowBatch`, all on the model's device.
+        Arguments as in `RowBatch`, all on the model's device. `last` makes the last call, and may
+        leave out leading positions of its result; None: `predict`.
         """
         table = self.vocabulary.table
         rows = len(ids)
@@ -70,24 +80,48 @@ class Pipeline:
             else:
                 clean = keep_source(x0, table[ids], mask)
                 x = diffuse_of_draws(clean, None, alpha, sigma, mask, draws[i], Stream.GENERATION)
-            x0 = predict(x, torch.full((rows,), t, device=table.device))
+            call = last if last is not None and i == len(self.times) - 1 else predict
+            x0 = call(x, torch.full((rows,), t, device=table.device))
         assert x0 is not None
         return x0
 
-    def run(self, predict: Predict, batch: RowBatch) -> tuple[Tensor, Tensor]:
+    def run(
+        self, predict: Predict, batch: RowBatch, predict_from: PredictFrom | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Ids [B, L] with the sources' own, and each row's smallest margin [B], on the CPU.
 
         A row alone has no margin to look at: its answer is the canonical one.
+
+        Args:
+            predict: f(x_t, t).
+            batch: the rows.
+            predict_from: f(x_t, t, first) at the positions from `first` on; None: `predict`'s.
         """
         device = self.vocabulary.table.device
         ids, mask = batch.ids.to(device), batch.mask.to(device)
-        x0 = self.embeddings(predict, ids, mask, batch.draws.to(device))
-        target = mask != 0
+        first, last = 0, predict
+        if predict_from is not None:
+            # Its targets are all that is read of the last call.
+            first = first_target(batch.mask)
+            last = partial(_predicted_from, predict_from, first)
+        x0 = self.embeddings(predict, ids, mask, batch.draws.to(device), last)
         found = ids.clone()
+        target = mask[:, first:] != 0
+        rounded = found[:, first:]
         if len(batch) == 1:
-            found[target] = nearest_token(x0[target], self.vocabulary)
+            rounded[target] = nearest_token(x0[target], self.vocabulary)
             return found.cpu(), torch.full((1,), float("inf"))
         margins = torch.full(target.shape, float("inf"), device=device)
         x0 = x0[target]
-        found[target], margins[target] = nearest_token_with_margin(x0, self.vocabulary)
+        rounded[target], margins[target] = nearest_token_with_margin(x0, self.vocabulary)
         return found.cpu(), margins.amin(1).cpu()
+
+
+def _predicted_from(predict_from: PredictFrom, first: int, x_t: Tensor, t: Tensor) -> Tensor:
+    return predict_from(x_t, t, first)
+
+
+def first_target(mask: Tensor) -> int:
+    """The first position that is a target in some row of mask [B, L] on a CPU; L - 1 at most."""
+    some = (mask != 0).any(0)
+    return int(some.to(torch.uint8).argmax()) if bool(some.any()) else mask.shape[1] - 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import tiny
@@ -8,6 +9,7 @@ import torch
 
 from dlmone_fast.errors import PromptError, TokenizerMissingError, UsageError
 from dlmone_fast.runtime import GenerationOutput, Generator, ties
+from dlmone_fast.runtime.engines import Runner
 from dlmone_fast.runtime.rows import RowBatch
 from dlmone_fast.samplers import METHODS
 
@@ -156,6 +158,7 @@ def test_near_ties_are_decided_by_the_row_alone(monkeypatch: pytest.MonkeyPatch)
 
     predict = runner.predict
     monkeypatch.setattr(runner, "predict", moved_by_the_batch)
+    monkeypatch.setattr(runner, "predict_from", partial(Runner.predict_from, runner))
     monkeypatch.setattr(generator._executor.pool.engine, "runner", lambda: runner)
     prompts = tiny.prompts(70)
     seeds = list(range(len(prompts)))

@@ -8,7 +8,7 @@ import torch
 
 from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
 from dlmone_fast.kernels.noise import Stream, normal
-from dlmone_fast.runtime.pipeline import Pipeline
+from dlmone_fast.runtime.pipeline import Pipeline, first_target
 from dlmone_fast.runtime.rows import Rows
 from dlmone_fast.samplers.one_step import generate_embeddings
 
@@ -66,3 +66,30 @@ def test_what_a_target_position_holds_is_not_read():
         first, _ = pipeline.run(denoiser, rows.batch(2))
         second, _ = pipeline.run(denoiser, Rows(other, rows.mask, SEEDS, CANDIDATES).batch(2))
     assert torch.equal(first, second)
+
+
+def test_the_last_call_is_asked_for_the_targets_alone():
+    denoiser, rows = tiny.denoiser(), some_rows().part(0, 3)
+    pipeline = Pipeline(denoiser.schedule, Vocabulary(denoiser.embedding), 30, 2, True)
+    asked: list[int] = []
+
+    def predict_from(x_t: torch.Tensor, t: torch.Tensor, first: int) -> torch.Tensor:
+        asked.append(first)
+        return denoiser(x_t, t)[:, first:]
+
+    with torch.inference_mode():
+        whole, margins = pipeline.run(denoiser, rows.batch(2))
+        ids, same_margins = pipeline.run(denoiser, rows.batch(2), predict_from)
+        alone, _ = pipeline.run(denoiser, rows.part(1, 2).batch(2), predict_from)
+    assert asked == [1, 5]
+    assert torch.equal(ids, whole)
+    assert torch.equal(margins, same_margins)
+    assert torch.equal(alone, whole[1:2])
+
+
+@pytest.mark.parametrize(
+    ("mask", "first"),
+    [([[0, 0, 1], [0, 0, 1]], 2), ([[0, 0, 1], [0, 1, 0]], 1), ([[1, 0, 0]], 0), ([[0, 0, 0]], 2)],
+)
+def test_the_first_target_of_a_batch(mask: list[list[int]], first: int):
+    assert first_target(torch.tensor(mask)) == first

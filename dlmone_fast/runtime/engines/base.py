@@ -22,13 +22,20 @@ class Runner(ABC):
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 [B, L, d] in fp32 of x_t [B, L, d] in fp32 at timesteps t, int64 [B]."""
 
+    def predict_from(self, x_t: Tensor, t: Tensor, first: int) -> Tensor:
+        """`predict` at the positions from `first` on: [B, L - first, d].
+
+        Runners that need not compute the others do better than this.
+        """
+        return self.predict(x_t, t)[:, first:]
+
     def ids(self, pipeline: Pipeline, batch: RowBatch) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] of a student's generation, and each row's smallest margin [B].
 
         Both on the CPU, in memory of the caller's own. Runners that capture the whole path do
         better than this.
         """
-        return pipeline.run(self.predict, batch)
+        return pipeline.run(self.predict, batch, self.predict_from)
 
 
 class Engine(ABC):

@@ -40,3 +40,6 @@ class _EagerRunner(Runner):
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self._network(x_t, t)
+
+    def predict_from(self, x_t: Tensor, t: Tensor, first: int) -> Tensor:
+        return self._network(x_t, t, first)

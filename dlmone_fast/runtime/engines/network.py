@@ -72,9 +72,12 @@ class InferenceNetwork:
         self._output_norm = _Norm.of(backbone.output_norm) if pre_norm else None
         self._output = pair(backbone.output_projection, torch.float32)
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x̂0 [B, L, d] in fp32 of x_t [B, L, d] in fp32 at timesteps t, int64 [B]."""
-        return self.body(x_t, self.time(t))
+    def __call__(self, x_t: Tensor, t: Tensor, first: int = 0) -> Tensor:
+        """x̂0 [B, L - first, d] in fp32 of x_t [B, L, d] in fp32 at timesteps t, int64 [B].
+
+        Positions before `first` are attended to; what they would become is not computed.
+        """
+        return self.body(x_t, self.time(t), first)
 
     def time(self, t: Tensor) -> Tensor:
         """The time embedding, fp32 [B, H]."""
@@ -97,12 +100,13 @@ class InferenceNetwork:
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(F.silu(F.linear(features, *first)), *last)
 
-    def body(self, x_t: Tensor, time: Tensor) -> Tensor:
+    def body(self, x_t: Tensor, time: Tensor, first_position: int = 0) -> Tensor:
         """x̂0 of x_t and its time embedding: everything that depends on x_t."""
         first, last = self._input
         projected = last(first(x_t.to(self.dtype), "tanh"))
         h = self._enter(projected, time)
-        h = self._pre_norm(h, self._output_norm) if self._output_norm else self._post_norm(h)
+        norm, start = self._output_norm, first_position
+        h = self._pre_norm(h, norm, start) if norm else self._post_norm(h, start)
         first, last = self._output
         return last(first(h, "tanh"))
 
@@ -113,16 +117,19 @@ class InferenceNetwork:
             return input_layer_norm(projected, self._position, time, *norm.tensors, LAYER_NORM_EPS)
         return norm(projected + self._position[: projected.shape[1]] + time.unsqueeze(1))
 
-    def _post_norm(self, h: Tensor) -> Tensor:
+    def _post_norm(self, h: Tensor, start: int) -> Tensor:
         for layer in self._layers:
-            h = self._add_norm(layer.attend(h.to(self.dtype)), h, layer.attention_norm)
+            # The last layer's outputs are read where something is generated only.
+            first = start if layer is self._layers[-1] else 0
+            attended = layer.attend(h.to(self.dtype), first)
+            h = self._add_norm(attended, h[:, first:], layer.attention_norm)
             ffn = layer.ffn(h.to(self.dtype))
             if layer is self._layers[-1]:
                 return self._last_norm(ffn, h, layer.ffn_norm)
             h = self._add_norm(ffn, h, layer.ffn_norm)
         return h.float()
 
-    def _pre_norm(self, h: Tensor, output_norm: _Norm) -> Tensor:
+    def _pre_norm(self, h: Tensor, output_norm: _Norm, start: int) -> Tensor:
         # The one norm without a sum before it. In fp32: torch's has one dtype for all arguments.
         normed = self._layers[0].attention_norm(h.float())
         for layer, following in zip(self._layers, self._layers[1:], strict=False):
@@ -130,7 +137,8 @@ class InferenceNetwork:
             ffn = layer.ffn(normed.to(self.dtype))
             normed, h = self._norm_and_sum(ffn, h, following.attention_norm)
         layer = self._layers[-1]
-        normed, h = self._norm_and_sum(layer.attend(normed.to(self.dtype)), h, layer.ffn_norm)
+        attended = layer.attend(normed.to(self.dtype), start)
+        normed, h = self._norm_and_sum(attended, h[:, start:], layer.ffn_norm)
         return self._last_norm(layer.ffn(normed.to(self.dtype)), h, output_norm)
 
     def _add_norm(self, x: Tensor, residual: Tensor, norm: _Norm) -> Tensor:
@@ -198,13 +206,13 @@ class _Layer:
             ffn_norm=_Norm.of(block.ffn_norm),
         )
 
-    def attend(self, h: Tensor) -> Tensor:
-        """Self-attention [B, L, H] over every position."""
+    def attend(self, h: Tensor, first: int = 0) -> Tensor:
+        """Self-attention [B, L - first, H] over every position, of those from `first` on."""
         batch, length, hidden = h.shape
         qkv = self.qkv(h).view(batch, length, 3, self.heads, hidden // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, hidden))
+        mixed = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length - first, hidden))
 
     def ffn(self, h: Tensor) -> Tensor:
         """The feed-forward network [B, L, H]."""

@@ -37,6 +37,18 @@ def test_fp32_is_the_denoisers(norm: str, fused: bool, device: str):
         torch.testing.assert_close(network(x_t, t), denoiser(x_t, t), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("norm", "fused"), list(itertools.product(("pre", "post"), (False, True))))
+def test_positions_that_nobody_reads_are_left_out(norm: str, fused: bool, layers: int, device: str):
+    denoiser = tiny.denoiser(norm=norm, num_layers=layers).to(device)
+    network = InferenceNetwork(denoiser, "fp32", fused=fused)
+    x_t, t = inputs(3, 13).to(device), torch.full((3,), 30, device=device)
+    whole = denoiser(x_t, t)
+    for first in (0, 5, 12):
+        torch.testing.assert_close(network(x_t, t, first), whole[:, first:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_one_layer_and_other_activations_of_packed_weights(
     norm: str, monkeypatch: pytest.MonkeyPatch
