@@ -2,9 +2,9 @@
 
     python -m benchmarks.agreement runs/demo/stage2 runs/demo/data
 
-One row for each backend and precision that runs here, over prompts of the training split (those of
-the test split where there are enough, which are also scored): non-pad tokens equal to fp32's, texts
-that change with the batch around them, and what running every row alone costs.
+One row for each backend and precision that runs here. Over prompts of the training split: tokens
+equal to fp32's among those that are not [PAD], texts that change with the batch around them, and
+what running every row alone costs. Over the test split: quality.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dlmone_fast.data.rows import load_rows
 from dlmone_fast.errors import BackendUnavailableError
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.runtime import Generator, load_model
+from dlmone_fast.runtime.calibration import PROMPTS
 from dlmone_fast.runtime.engines import BACKENDS
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-CALIBRATION = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = load_rows(options.data_dir, "train", limit=options.prompts)
     prompts = [row.src for row in rows]
-    calibration = [row.src for row in load_rows(options.data_dir, "valid", limit=CALIBRATION)]
+    calibration = [row.src for row in load_rows(options.data_dir, "valid", limit=PROMPTS)]
     scored = load_rows(options.data_dir, "test", limit=1000)
     reference = load_model(options.model, backend="eager", dtype="fp32")
     expected = _ids(reference, prompts, options.batch_size)

@@ -14,6 +14,7 @@ from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.folder import save_folder
 from dlmone_fast.networks import DiffusionLM
 from dlmone_fast.runtime import GenerationSettings, Generator
+from dlmone_fast.runtime.rows import RowBatch, Rows
 from dlmone_fast.tokenizer import Tokenizer
 
 WORDS = tuple(f"{a}{b}" for a in "bcdfghklmn" for b in ("a", "e", "i", "o", "u", "ai"))
@@ -79,3 +80,13 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     lengths = torch.randint(1, 7, (count,), generator=numbers).tolist()
     words = torch.randint(0, len(WORDS), (count, 6), generator=numbers).tolist()
     return [" ".join(WORDS[i] for i in row[:n]) for row, n in zip(words, lengths, strict=True)]
+
+
+def row_batch(rows: int, steps: int = 1, seed: int = 0) -> RowBatch:
+    """Random rows of a network batch, a function of the seed."""
+    numbers = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 60, (rows, SEQ_LEN), generator=numbers)
+    sources = torch.randint(1, 9, (rows, 1), generator=numbers)
+    mask = (torch.arange(SEQ_LEN) >= sources).long()
+    seeds = torch.randint(0, 1 << 40, (rows,), generator=numbers).tolist()
+    return Rows(ids, mask, seeds, [0] * rows).batch(steps)

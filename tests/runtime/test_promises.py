@@ -101,14 +101,14 @@ def test_auto_that_finds_nothing_tells_every_reason(tmp_path):  # type: ignore[n
         default.load_model(folder, dtype="int8")
 
 
-def test_unloading_gives_the_weights_back(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("backend", ["eager", "openvino"])
+def test_unloading_gives_the_weights_back(tmp_path, monkeypatch, backend):  # type: ignore[no-untyped-def]
+    if backend == "openvino":
+        pytest.importorskip("openvino")
     monkeypatch.setattr(default, "_last", [])
-    generator = dlmone_fast.load(tiny.save(tmp_path / "model"), dtype="bf16", backend="eager")
+    generator = dlmone_fast.load(tiny.save(tmp_path / "model"), backend=backend)
     generator.generate("ba")
-    weights = [
-        weakref.ref(generator.denoiser),
-        weakref.ref(generator._executor.pool.engine.network),
-    ]
+    weights = [weakref.ref(generator.denoiser), weakref.ref(generator.denoiser.lm.backbone)]
     generator.unload()
     gc.collect()
     assert [weight() for weight in weights] == [None, None]

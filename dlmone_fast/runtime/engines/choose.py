@@ -77,10 +77,7 @@ def survey(request: EngineRequest) -> dict[str, str]:
 
 def _automatic(request: EngineRequest) -> str:
     # Not "graph": its tests have run on a CPU's emulation of a stream only, not on a GPU.
-    for backend in ("openvino",):
-        if why_unavailable(backend, request) is None:
-            return backend
-    return "eager"
+    return "openvino" if why_unavailable("openvino", request) is None else "eager"
 
 
 def _why_not_eager(request: EngineRequest) -> str | None:

@@ -95,6 +95,8 @@ class GraphEngine(Engine):
         self._closed = True
         for runner in list(self._made):
             runner.drop()
+        # The engine outlives its model, to refuse later calls.
+        del self.network
 
 
 class GraphRunner(Runner):
@@ -147,6 +149,7 @@ class GraphRunner(Runner):
 
     def _path(self, pipeline: Pipeline, rows: int, length: int) -> RecordedPath:
         # A graph reads one vocabulary's tables, so an equal pipeline of another is another.
+        self._engine.check()
         key = (*pipeline.key, pipeline.vocabulary.handle, rows, length)
         network = self._engine.network
         return self._recorded(

@@ -59,6 +59,7 @@ class OpenVinoEngine(Engine):
 
     def runner(self) -> Runner:
         """A new runner."""
+        self.check()
         runner = _OpenVinoRunner(self)
         with self._lock:
             self._alive.add(runner)
@@ -69,6 +70,8 @@ class OpenVinoEngine(Engine):
         with self._lock:
             self._model = None
             self._compiled.clear()
+            # The engine outlives its model, to refuse later calls.
+            self.denoiser = self.time_vectors = None  # type: ignore[assignment]
             for runner in self._alive:
                 runner.release()
 

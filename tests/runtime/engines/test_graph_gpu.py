@@ -13,7 +13,6 @@ from dlmone_fast.runtime.engines import make_engine, why_unavailable
 from dlmone_fast.runtime.engines.choose import EngineRequest
 from dlmone_fast.runtime.engines.graph import GraphEngine, GraphRunner
 from dlmone_fast.runtime.pipeline import Pipeline
-from dlmone_fast.runtime.rows import RowBatch, Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -44,22 +43,13 @@ def pipeline_of(request: EngineRequest, steps: int = 1) -> Pipeline:
     return Pipeline(denoiser.schedule, Vocabulary(denoiser.embedding), 30, steps, False)
 
 
-def batch_of(rows: int, steps: int = 1, seed: int = 0) -> RowBatch:
-    numbers = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 60, (rows, tiny.SEQ_LEN), generator=numbers)
-    sources = torch.randint(1, 9, (rows, 1), generator=numbers)
-    mask = (torch.arange(tiny.SEQ_LEN) >= sources).long()
-    seeds = torch.randint(0, 1 << 40, (rows,), generator=numbers).tolist()
-    return Rows(ids, mask, seeds, [0] * rows).batch(steps)
-
-
 @pytest.mark.parametrize("steps", [1, 4])
 def test_fp32_ids_are_those_of_the_eager_engine(request_of_model: EngineRequest, steps: int):
     pipeline = pipeline_of(request_of_model, steps)
     eager = make_engine("eager", request_of_model).runner()
     runner = graph_runner(request_of_model)
     for rows in (1, 3, 64, 100, 600):
-        batch = batch_of(rows, steps, seed=rows)
+        batch = tiny.row_batch(rows, steps, seed=rows)
         found, expected = runner.ids(pipeline, batch)[0], eager.ids(pipeline, batch)[0]
         # A product may round otherwise in another bucket, which a near tie may show.
         assert (found == expected).float().mean() >= 0.999
@@ -69,7 +59,7 @@ def test_fp32_ids_are_those_of_the_eager_engine(request_of_model: EngineRequest,
 def test_sixteen_bits_choose_nearly_the_same_tokens(
     request_of_model: EngineRequest, precision: str
 ):
-    pipeline, batch = pipeline_of(request_of_model), batch_of(64)
+    pipeline, batch = pipeline_of(request_of_model), tiny.row_batch(64)
     exact = make_engine("eager", request_of_model).runner().ids(pipeline, batch)[0]
     found = graph_runner(request_of_model, precision).ids(pipeline, batch)[0]
     assert (found == exact).float().mean() > 0.97
@@ -77,7 +67,7 @@ def test_sixteen_bits_choose_nearly_the_same_tokens(
 
 def test_replays_are_equal(request_of_model: EngineRequest):
     runner, pipeline = graph_runner(request_of_model, "bf16"), pipeline_of(request_of_model)
-    batch, other = batch_of(7), batch_of(8, seed=1)
+    batch, other = tiny.row_batch(7), tiny.row_batch(8, seed=1)
     first = runner.ids(pipeline, batch)[0]
     for _ in range(100):
         assert torch.equal(runner.ids(pipeline, batch)[0], first)
@@ -95,7 +85,7 @@ def test_single_predictions(request_of_model: EngineRequest):
 def test_threads_with_runners_of_their_own(request_of_model: EngineRequest):
     engine = make_engine("graph", request_of_model)
     pipeline = pipeline_of(request_of_model)
-    batches = [batch_of(1 + i % 9, seed=i) for i in range(32)]
+    batches = [tiny.row_batch(1 + i % 9, seed=i) for i in range(32)]
     alone = engine.runner()
     expected = [alone.ids(pipeline, batch)[0] for batch in batches]
 
@@ -116,7 +106,7 @@ def test_closing_gives_the_memory_back(request_of_model: EngineRequest):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     engine = make_engine("graph", request_of_model)
-    engine.runner().ids(pipeline_of(request_of_model), batch_of(256))
+    engine.runner().ids(pipeline_of(request_of_model), tiny.row_batch(256))
     assert torch.cuda.memory_reserved() > before
     engine.close()
     del engine

@@ -18,7 +18,7 @@ from dlmone_fast.kernels.nearest_token import Vocabulary
 from dlmone_fast.runtime.engines import graph
 from dlmone_fast.runtime.engines.capture import CAPTURING, is_out_of_memory
 from dlmone_fast.runtime.pipeline import Pipeline
-from dlmone_fast.runtime.rows import RowBatch, Rows
+from dlmone_fast.runtime.rows import RowBatch
 
 
 class HostCall:
@@ -94,15 +94,6 @@ def pipeline_of(steps: int = 1) -> Pipeline:
     return Pipeline(DENOISER.schedule, Vocabulary(DENOISER.embedding), 30, steps, False)
 
 
-def batch_of(rows: int, steps: int = 1, seed: int = 0) -> RowBatch:
-    numbers = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 60, (rows, tiny.SEQ_LEN), generator=numbers)
-    sources = torch.randint(1, 9, (rows, 1), generator=numbers)
-    mask = (torch.arange(tiny.SEQ_LEN) >= sources).long()
-    seeds = torch.randint(0, 1 << 40, (rows,), generator=numbers).tolist()
-    return Rows(ids, mask, seeds, [0] * rows).batch(steps)
-
-
 def expected(pipeline: Pipeline, batch: RowBatch) -> torch.Tensor:
     with torch.inference_mode():
         return pipeline.run(DENOISER, batch)[0]
@@ -116,7 +107,7 @@ def engine() -> graph.GraphEngine:
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
 def test_padding_never_changes_a_result(engine: graph.GraphEngine, rows: int, steps: int):
-    pipeline, batch = pipeline_of(steps), batch_of(rows, steps)
+    pipeline, batch = pipeline_of(steps), tiny.row_batch(rows, steps)
     found, margins = engine.runner().ids(pipeline, batch)
     assert torch.equal(found, expected(pipeline, batch))
     assert found.shape == (rows, tiny.SEQ_LEN)
@@ -125,7 +116,7 @@ def test_padding_never_changes_a_result(engine: graph.GraphEngine, rows: int, st
 
 def test_static_memory_is_filled_anew_and_results_leave_as_copies(engine: graph.GraphEngine):
     runner, pipeline = engine.runner(), pipeline_of()
-    batches = [batch_of(rows, seed=rows) for rows in (4, 3, 4, 3)]
+    batches = [tiny.row_batch(rows, seed=rows) for rows in (4, 3, 4, 3)]
     # Same bucket: what the larger batch left behind must not show in the smaller one.
     found = [runner.ids(pipeline, batch)[0] for batch in batches]
     for ids, batch in zip(found, batches, strict=True):
@@ -138,21 +129,21 @@ def test_pipelines_buckets_and_lengths_have_recordings_of_their_own(engine: grap
     runner, one, four = engine.runner(), pipeline_of(1), pipeline_of(4)
     for pipeline, steps in ((one, 1), (four, 4)):
         for rows in (2, 3, 4):
-            batch = batch_of(rows, steps)
+            batch = tiny.row_batch(rows, steps)
             assert torch.equal(runner.ids(pipeline, batch)[0], expected(pipeline, batch))
     assert len(runner._lane.calls) == 4
-    short = batch_of(4)
+    short = tiny.row_batch(4)
     short = RowBatch(short.ids[:, :11], short.mask[:, :11], short.draws)
     assert torch.equal(runner.ids(one, short)[0], expected(one, short))
     assert len(runner._lane.calls) == 5
     # Equal in all but its vocabulary, whose tables a recording reads.
-    runner.ids(pipeline_of(1), batch_of(4))
+    runner.ids(pipeline_of(1), tiny.row_batch(4))
     assert len(runner._lane.calls) == 6
 
 
 def test_large_batches_are_split(engine: graph.GraphEngine, monkeypatch: pytest.MonkeyPatch):
     engine.fits_no_more_than(4)
-    runner, pipeline, batch = engine.runner(), pipeline_of(), batch_of(11)
+    runner, pipeline, batch = engine.runner(), pipeline_of(), tiny.row_batch(11)
     assert torch.equal(runner.ids(pipeline, batch)[0], expected(pipeline, batch))
     assert len(runner._lane.calls) == 1
     x_t, t = torch.randn(11, 20, 16), torch.full((11,), 30)
@@ -161,7 +152,7 @@ def test_large_batches_are_split(engine: graph.GraphEngine, monkeypatch: pytest.
 
 def test_no_rows_are_no_work(engine: graph.GraphEngine):
     runner = engine.runner()
-    found, margins = runner.ids(pipeline_of(), batch_of(4).part(0, 0))
+    found, margins = runner.ids(pipeline_of(), tiny.row_batch(4).part(0, 0))
     assert found.shape == (0, tiny.SEQ_LEN)
     assert margins.shape == (0,)
     assert runner.predict(torch.zeros(0, 20, 16), torch.zeros(0, dtype=torch.int64)).shape[0] == 0
@@ -183,7 +174,7 @@ def test_each_recording_is_logged_and_serves_its_bucket(
     runner, pipeline = engine.runner(), pipeline_of()
     with caplog.at_level("INFO", "dlmone_fast"):
         for rows in (1, 7, 5):
-            runner.ids(pipeline, batch_of(rows))
+            runner.ids(pipeline, tiny.row_batch(rows))
     assert len(runner._lane.calls) == 2
     assert caplog.text.count("MiB") == 2
 
@@ -192,7 +183,7 @@ def test_recordings_are_bounded(engine: graph.GraphEngine, monkeypatch: pytest.M
     monkeypatch.setattr(graph, "_MOST_RECORDINGS", 2)
     runner = engine.runner()
     for steps in (1, 2, 3):
-        runner.ids(pipeline_of(steps), batch_of(1, steps))
+        runner.ids(pipeline_of(steps), tiny.row_batch(1, steps))
     assert [call.work is None for call in runner._lane.calls] == [True, False, False]
     assert len(runner._recordings) == 2
 
@@ -200,7 +191,7 @@ def test_recordings_are_bounded(engine: graph.GraphEngine, monkeypatch: pytest.M
 def test_where_memory_ends_parts_get_smaller(
     engine: graph.GraphEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    runner, pipeline, batch = engine.runner(), pipeline_of(), batch_of(13)
+    runner, pipeline, batch = engine.runner(), pipeline_of(), tiny.row_batch(13)
     answers = itertools.chain([False, False], itertools.repeat(True))
     monkeypatch.setattr(HostLane, "fits", lambda self: next(answers))
     assert torch.equal(runner.ids(pipeline, batch)[0], expected(pipeline, batch))
@@ -224,7 +215,7 @@ def test_an_error_that_came_of_missing_memory_is_known():
 
 def test_eight_threads_share_two_runners(engine: graph.GraphEngine):
     pipeline = pipeline_of()
-    batches = [batch_of(1 + i % 5, seed=i) for i in range(40)]
+    batches = [tiny.row_batch(1 + i % 5, seed=i) for i in range(40)]
     free = [engine.runner() for _ in range(engine.runners)]
     leases, waiting = threading.Semaphore(len(free)), threading.Lock()
 
@@ -245,7 +236,7 @@ def test_eight_threads_share_two_runners(engine: graph.GraphEngine):
 def test_ids_outside_of_the_vocabulary_are_refused_before_the_device(engine: graph.GraphEngine):
     runner, pipeline = engine.runner(), pipeline_of()
     for wrong in (-1, len(pipeline.vocabulary)):
-        batch = batch_of(2)
+        batch = tiny.row_batch(2)
         batch.ids[1, 3] = wrong
         with pytest.raises(UsageError, match="ids must lie in"):
             runner.ids(pipeline, batch)
@@ -253,26 +244,26 @@ def test_ids_outside_of_the_vocabulary_are_refused_before_the_device(engine: gra
 
 def test_a_closed_engine_refuses_and_holds_nothing(engine: graph.GraphEngine):
     runner, pipeline = engine.runner(), pipeline_of()
-    runner.ids(pipeline, batch_of(2))
+    runner.ids(pipeline, tiny.row_batch(2))
     call = runner._lane.calls[0]
     engine.close()
     engine.close()
     assert call.work is None
     assert runner._lane.released == 1
-    for use in (lambda: runner.ids(pipeline, batch_of(2)), engine.runner):
+    for use in (lambda: runner.ids(pipeline, tiny.row_batch(2)), engine.runner):
         with pytest.raises(ModelNotLoadedError, match="was unloaded"):
             use()
 
 
 def test_a_fork_is_refused(engine: graph.GraphEngine, monkeypatch: pytest.MonkeyPatch):
     runner, pipeline = engine.runner(), pipeline_of()
-    runner.ids(pipeline, batch_of(2))
+    runner.ids(pipeline, tiny.row_batch(2))
     call = runner._lane.calls[0]
     parent = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
     x_t, t = torch.randn(2, 20, 16), torch.full((2,), 30)
     uses = (
-        lambda: runner.ids(pipeline, batch_of(2)),
+        lambda: runner.ids(pipeline, tiny.row_batch(2)),
         lambda: runner.predict(x_t, t),
         engine.runner,
     )
