@@ -1,10 +1,12 @@
 """Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
 
-pytest benchmarks --benchmark-only -k kernels|generate [--device cpu|cuda] [--save-records]
+pytest benchmarks --benchmark-only [-k kernels|generate|latency|training] [--full]
+    [--device cpu|cuda] [--save-records]
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options that only benchmarks have."""
     group = parser.getgroup("benchmarks beside peers")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    group.addoption(
+        "--full",
+        action="store_true",
+        help="also what takes long: see the benchmarks' own descriptions",
+    )
     group.addoption("--save-records", action="store_true",
                     help="write benchmarks/results/<device>/<date>-<commit>.json")  # fmt: skip
 
@@ -55,6 +62,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the long measurements are asked for."""
+    return bool(request.config.getoption("full"))
+
+
+@pytest.fixture
+def report_rows(request: pytest.FixtureRequest) -> Callable[[list[records.Row]], None]:
+    """Takes rows into the run's record."""
+    return request.config.stash[_ROWS].extend
+
+
+@pytest.fixture(scope="session")
 def stopwatch(device: torch.device) -> Stopwatch:
     """Times single calls on the device."""
     return Stopwatch(device)
@@ -72,12 +91,15 @@ def machine(
 
 @pytest.fixture
 def race(
-    request: pytest.FixtureRequest, benchmark: Any, stopwatch: Stopwatch, machine: Machine
-) -> Race:  # fmt: skip
+    benchmark: Any,
+    stopwatch: Stopwatch,
+    machine: Machine,
+    report_rows: Callable[[list[records.Row]], None],
+) -> Race:
     """Checks implementations and times them in turns."""
     # Compiled peers of earlier cases count against a limit of torch's.
     torch._dynamo.reset()
-    return Race(benchmark, stopwatch, machine, request.config.stash[_ROWS].extend)
+    return Race(benchmark, stopwatch, machine, report_rows)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -84,8 +84,12 @@ class Race:
         check_peer: Check | None = None,
         fields: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> list[Row]:
+        known = {
+            "shape": getattr(case, "dimensions", str(case)),
+            "dtype": str(getattr(case, "dtype", "")).removeprefix("torch."),
+        }
         rows = {
-            n: Row(operation, str(case), n, n.startswith(OURS), **fields.get(n, {}))
+            n: Row(operation, str(case), n, n.startswith(OURS), **{**known, **fields.get(n, {})})
             for n in [*implementations, *fields]
         }
         runnable: dict[str, Call] = {}
@@ -132,23 +136,32 @@ class Race:
         return seconds
 
     def _fill(self, row: Row, seconds: list[float], work: Work) -> Row:
-        median = statistics.median(seconds)
-        row = replace(
-            row,
-            median_ms=1e3 * median,
-            min_ms=1e3 * min(seconds),
-            p99_ms=1e3 * percentile(seconds, 99),
-            samples=len(seconds),
-        )
+        # The first call: `_time` makes it to see how many there can be.
+        row = replace(row, warmup=1, **statistics_of(seconds))
         # The work is that of the whole.
         if row.part:
             return row
+        median, floor = statistics.median(seconds), self.machine.floor_seconds(work)
         return replace(
             row,
             gigabytes_per_second=work.bytes / median / 1e9,
             teraflops=work.flops / median / 1e12 if work.flops else None,
-            fraction_of_floor=self.machine.floor_seconds(work) / median,
+            floor_ms=1e3 * floor,
+            fraction_of_floor=floor / median,
         )
+
+
+def statistics_of(seconds: Sequence[float]) -> dict[str, Any]:
+    """The fields of a row that sum up its samples."""
+    return {
+        "median_ms": 1e3 * statistics.median(seconds),
+        "mean_ms": 1e3 * statistics.fmean(seconds),
+        "min_ms": 1e3 * min(seconds),
+        "p20_ms": 1e3 * percentile(seconds, 20),
+        "p80_ms": 1e3 * percentile(seconds, 80),
+        "p99_ms": 1e3 * percentile(seconds, 99),
+        "samples": len(seconds),
+    }
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,19 +23,36 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+SCHEMA = 2
+"""Of the records: raised when a reader of older ones would go wrong."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measure of quality with its 95 % interval, None where there is none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
 @dataclass(frozen=True)
 class Row:
     """One implementation on one shape.
 
     Times are None where nothing was timed, and `note` says why; memory is what the call needs
     beyond its inputs. `ours` marks this package's backends; the first of a case is the one that
-    "auto" takes. p99 is the least time that 99 % of the samples do not exceed: the longest one,
-    where there are fewer than 100.
+    "auto" takes. A percentile is the least time that so many per cent of the samples do not
+    exceed: p99 is the longest one, where there are fewer than 100. `warmup` calls came before
+    the samples and do not count. `derived` says how a time was computed that was not measured
+    as a whole; "": it was.
 
     Of whole calls of `generate` also: `part`, the part of a call that the row is about ("" for all
-    of it); `agreement`, the share of tokens that are those of fp32 on the same noise; `error`, of a
-    network's output, root of mean squares relative to fp32; `held_bytes`, GPU memory that is kept
-    between calls, beyond the model's; `at`, the abscissa of a plot.
+    of it); `agreement`, the share of tokens that are those of fp32 on the same noise, and
+    `trained_agreement`, the same of a trained model's answers; `error`, of a network's output, root
+    of mean squares relative to fp32; `held_bytes`, GPU memory that is kept between calls, beyond
+    the model's; `at`, the abscissa of a plot (a batch, a number of network calls); `scores`,
+    quality by the name of its measure, of `rows_scored` samples.
     """
 
     operation: str
@@ -54,6 +73,17 @@ class Row:
     error: float | None = None
     held_bytes: int | None = None
     at: float | None = None
+    shape: str = ""
+    dtype: str = ""
+    warmup: int = 0
+    mean_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    floor_ms: float | None = None
+    derived: str = ""
+    trained_agreement: float | None = None
+    scores: Mapping[str, Score] | None = None
+    rows_scored: int = 0
 
 
 def find(rows: list[Row], operation: str, case: str, implementation: str) -> Row | None:
@@ -68,15 +98,25 @@ def first_of_ours(rows: list[Row], operation: str, case: str) -> Row | None:
     return own[0] if own else None
 
 
-_LIBRARIES = ("onnx", "onnxruntime", "openvino", "nncf", "tokenizers", "faiss-cpu")
+_LIBRARIES = (
+    "onnx", "onnxruntime", "openvino", "nncf", "ctranslate2", "transformers", "tokenizers",
+    "faiss-cpu", "numpy", "sacrebleu", "matplotlib",
+)  # fmt: skip
+_MEASURED_FOLDERS = ("csrc", "dlmone_fast")
+_BUILT = (".so", ".pyd", ".pyc", "_native_build.txt")
+_GPU_QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what a run was made."""
+    """Where and with what a run was made; None where a figure cannot be read here."""
     return {
+        "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu_mhz": _cpu_mhz(),
+        "gpu": _gpu(device),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -87,7 +127,34 @@ def environment(device: torch.device) -> dict[str, Any]:
         "dlmone_fast": dlmone_fast.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "content_hash": content_hash(),
     }
+
+
+def content_hash(root: Path = ROOT) -> str:
+    """SHA-256 of every source file that a benchmark runs: names and bytes, nothing built."""
+    digest = hashlib.sha256()
+    for folder in _MEASURED_FOLDERS:
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and not path.name.endswith(_BUILT):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def caveat(record: Mapping[str, Any], tree: str | None = None) -> str:
+    """What to know of a record before its figures are believed; "": nothing.
+
+    Args:
+        tree: the content hash to compare with; None: that of this checkout.
+    """
+    found = record["environment"]
+    said = []
+    if found["uncommitted_changes"]:
+        said.append("measured with uncommitted changes")
+    if found["content_hash"] != (tree or content_hash()):
+        said.append("measured on another version of the code")
+    return "; ".join(said)
 
 
 def device_name(device: torch.device) -> str:
@@ -120,9 +187,15 @@ def record(
     }
 
 
-def rows_of(record: dict[str, Any]) -> list[Row]:
+def rows_of(record: Mapping[str, Any]) -> list[Row]:
     """The rows of a record that was read back."""
-    return [Row(**row) for row in record["rows"]]
+    return [_row(dict(fields)) for fields in record["rows"]]
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    if fields.get("scores") is not None:
+        fields["scores"] = {name: Score(**score) for name, score in fields["scores"].items()}
+    return Row(**fields)
 
 
 def _folder_name(device: str) -> str:
@@ -143,6 +216,30 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _cpu_mhz() -> float | None:
+    """The mean clock of the cores now."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return sum(clocks) / len(clocks) if clocks else None
+
+
+def _gpu(device: torch.device) -> dict[str, str] | None:
+    """Driver, clocks in MHz and power in W, as the driver's own tool reads them."""
+    if device.type != "cuda":
+        return None
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_QUERY)}", "--format=csv,noheader"]
+    command += ["-i", str(device.index or 0)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(_GPU_QUERY, values, strict=True)) if len(values) == len(_GPU_QUERY) else None
 
 
 def _git(*arguments: str) -> str | None:
