@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from benchmarks.generate_ours import Own, owns
 from benchmarks.generate_peers import Peer, peers
 from benchmarks.race import Race
 from benchmarks.timing import WallClock
+from benchmarks.trained import TrainedGate
 
 # Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
 _SHORT_SECONDS = 0.02
@@ -35,18 +34,13 @@ def whole(race: Race, device: torch.device) -> Race:
     return replace(race, stopwatch=WallClock(device), short_seconds=_SHORT_SECONDS)
 
 
-@pytest.fixture(scope="session")
-def folder() -> Iterator[Path]:
-    """For exported networks; gone afterwards, for they are large."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
 @pytest.mark.shapes(cases.CASES)
-def test_generate(whole: Race, shape: Case, device: torch.device, folder: Path) -> None:
+def test_generate(
+    whole: Race, shape: Case, device: torch.device, folder: Path, gate: TrainedGate
+) -> None:
     """Every backend and peer: the call, its network alone, and the parts around the network."""
     model = cases.model(shape.config, device)
-    lineup = Lineup(model, shape.batch)
+    lineup = Lineup(model, shape.batch, gate)
     for contender in _contenders(model, folder, torch.get_num_threads()):
         # On a CPU a peer's network in batches says nothing new, slowly.
         lineup.add(

@@ -6,16 +6,19 @@ pytest benchmarks --benchmark-only [-k kernels|generate|latency|training] [--ful
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import generate_targets, records, report, targets
+from benchmarks import generate_targets, records, tables, targets
 from benchmarks.floors import Machine, measure_machine
 from benchmarks.race import Race
 from benchmarks.timing import Stopwatch
+from benchmarks.trained import TrainedGate
 
 _ROWS = pytest.StashKey[list[records.Row]]()
 _MACHINE = pytest.StashKey[Machine]()
@@ -89,6 +92,20 @@ def machine(
     return found
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """For exported networks; gone afterwards, for they are large."""
+    path = tmp_path_factory.mktemp("networks")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def gate(device: torch.device, folder: Path) -> TrainedGate:
+    """What lower precisions must pass before they are timed."""
+    return TrainedGate(device, folder)
+
+
 @pytest.fixture
 def race(
     benchmark: Any,
@@ -115,7 +132,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     ]
     record = records.record(device, found.record(), rows, judged)
     terminalreporter.section("dlmone_fast beside its peers")
-    terminalreporter.write_line(report.markdown(record))
+    terminalreporter.write_line(tables.markdown(record))
     if config.getoption("save_records"):
         path = records.save(record)
         terminalreporter.write_line(f"\nrecord: {path.relative_to(records.ROOT)}")

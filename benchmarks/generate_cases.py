@@ -9,6 +9,7 @@ is little: every prompt gets nearly the same answer.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,14 +108,32 @@ def threads_up_to(cores: int) -> dict[str, list[Point]]:
     return {"cpu": [_of_threads(n) for n in sorted(numbers)], "cuda": []}
 
 
+def prompts(count: int) -> list[str]:
+    """Questions of seven to fifteen words."""
+    texts = []
+    for i in range(count):
+        noun, other = _NOUNS[i % 9], _NOUNS[(i // 9 + 4) % 9]
+        ending = f"the {_ADJECTIVES[i % 5]} {noun} or the {other}" if i % 2 else f"a {noun}"
+        texts.append(f"{_HEADS[i % 4]} {_VERBS[i % 7]} {ending} {_PLACES[i // 3 % 4]}?")
+    return texts
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model in memory, on its device."""
+    """A model in memory, on its device.
+
+    Attributes:
+        texts: so many prompts for it.
+        calibration_prompts: how many of them int8 is calibrated on. Few for random models: what a
+            call costs does not depend on them, and each costs many calls.
+    """
 
     denoiser: Denoiser
     tokenizer: Tokenizer
     settings: GenerationSettings
     vocabulary: Vocabulary
+    texts: Callable[[int], list[str]] = prompts
+    calibration_prompts: int = 2
 
     @property
     def device(self) -> torch.device:
@@ -171,22 +190,12 @@ def tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer([*SPECIAL_TOKENS, *list(words)[:wanted]])
 
 
-def prompts(count: int) -> list[str]:
-    """Questions of seven to fifteen words."""
-    texts = []
-    for i in range(count):
-        noun, other = _NOUNS[i % 9], _NOUNS[(i // 9 + 4) % 9]
-        ending = f"the {_ADJECTIVES[i % 5]} {noun} or the {other}" if i % 2 else f"a {noun}"
-        texts.append(f"{_HEADS[i % 4]} {_VERBS[i % 7]} {ending} {_PLACES[i // 3 % 4]}?")
-    return texts
-
-
 @torch.inference_mode()
 def inputs(model: Model, batch: int) -> Inputs:
-    """The network's inputs of `prompts(batch)` where the prompts' seeds are 0, 1, …"""
+    """The network's inputs of the model's first prompts, whose seeds are 0, 1, …"""
     settings, device = model.settings, model.device
     ids, mask, _ = source_batch(
-        model.tokenizer.encode(prompts(batch)), model.denoiser.config.seq_len, model.tokenizer,
+        model.tokenizer.encode(model.texts(batch)), model.denoiser.config.seq_len, model.tokenizer,
         settings.max_source_tokens, on_overflow="truncate",
     )  # fmt: skip
     draws = draws_of(list(range(batch)), [0] * batch, 0, torch.device("cpu")).to(device)

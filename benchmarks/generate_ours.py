@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import generate_targets as names
-from benchmarks.generate_cases import TUNED_BATCHES, Inputs, Model, inputs, noised, prompts
+from benchmarks.generate_cases import TUNED_BATCHES, Inputs, Model, inputs, noised
 from benchmarks.generate_peers import NO_BF16, cpu_has_bf16
 from benchmarks.timing import Call
 from dlmone_fast.data.batches import source_batch
@@ -29,8 +29,6 @@ _TRIED = {
         ("eager", "bf16"), ("eager", "fp32"),
     ),
 }  # fmt: skip
-# Few: what a call costs does not depend on them, and each costs many calls.
-_CALIBRATION_PROMPTS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +69,7 @@ class Own:
         model = self.model
         return Generator(
             model.denoiser, model.tokenizer, model.settings, self.precision, backend=self.backend,
-            calibration=prompts(_CALIBRATION_PROMPTS),
+            calibration=model.texts(model.calibration_prompts),
         )  # fmt: skip
 
     def __call__(self, batch: Sequence[str]) -> GenerationOutput:
@@ -87,8 +85,9 @@ class Own:
             return runner.predict(x_t, t)
 
 
+@functools.lru_cache(maxsize=2)
 def owns(model: Model) -> list[Own]:
-    """Ours to try on the model's device, the one that "auto" prefers first."""
+    """Ours to try on the model's device, the one that "auto" prefers first; loaded once."""
     return [Own(model, *choice) for choice in _TRIED[model.device.type]]
 
 
@@ -98,11 +97,11 @@ def phases(
     """The parts of a call besides its network, each by itself.
 
     Args:
-        given: the network's inputs of `prompts(batch)`.
+        given: the network's inputs of the model's first prompts.
         x0: its outputs [B, L, d].
         ids: the target ids of the answers.
     """
-    batch, tokenizer, device = prompts(len(ids)), model.tokenizer, model.device
+    batch, tokenizer, device = model.texts(len(ids)), model.tokenizer, model.device
     rounding = nearest_token if len(batch) == 1 else nearest_token_with_margin
     target = given.mask.to(device) != 0
 

@@ -25,6 +25,14 @@ def network(name: str) -> str:
     return f"{name}, network"
 
 
+LOWER_PRECISIONS = ("bf16", "fp16", "int8")
+
+
+def precision_of(name: str) -> str:
+    """The precision that an implementation's name states; "fp32" where it states none."""
+    return next((found for found in LOWER_PRECISIONS if found in name.split()), "fp32")
+
+
 _ONE, _MOST = "BERT-base, batch 1", "BERT-base, batch 512"
 _INT8, _GRAPH = whole("openvino", "int8"), whole("graph", "bf16")
 _BF16, _FP32 = whole("openvino", "bf16"), whole("openvino", "fp32")

@@ -61,10 +61,14 @@ class Race:
         check_peer: for peers whose result is not ours number by number; default: `check`.
         fields: what else is known of an implementation: fields of its row. A name that is not
             among the implementations gets a row without times.
+        expected: seconds of calls that need no call to warm up and to see how long they take.
 
     Attributes:
         seconds_each: how long each implementation is timed, within bounds on the number of samples.
         short_seconds: calls below this are timed right after one that does not count.
+        fewest_rounds, most_rounds: bounds on the samples of the first implementation.
+        fewest_samples: bound on those of the others.
+        memory: whether peak memory is measured, in one more call of each.
     """
 
     benchmark: Any
@@ -73,6 +77,10 @@ class Race:
     report: Callable[[list[Row]], None]
     seconds_each: float = _SECONDS_EACH
     short_seconds: float = _SHORT_SECONDS
+    fewest_rounds: int = _FEWEST_ROUNDS
+    most_rounds: int = _MOST_ROUNDS
+    fewest_samples: int = _FEWEST_SAMPLES
+    memory: bool = True
 
     def __call__(
         self,
@@ -83,6 +91,7 @@ class Race:
         work: Work,
         check_peer: Check | None = None,
         fields: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        expected: Mapping[str, float] = MappingProxyType({}),
     ) -> list[Row]:
         known = {
             "shape": getattr(case, "dimensions", str(case)),
@@ -100,10 +109,11 @@ class Race:
                 rows[name] = replace(rows[name], note=complaint)
             else:
                 runnable[name] = call
-        for name, seconds in self._time(runnable).items():
-            rows[name] = self._fill(rows[name], seconds, work)
+        for name, seconds in self._time(runnable, expected).items():
+            warmup = int(name not in expected)
+            rows[name] = self._fill(replace(rows[name], warmup=warmup), seconds, work)
         for name, call in runnable.items():
-            if rows[name].part:
+            if rows[name].part or not self.memory:
                 continue
             peak = peak_memory(call, self.stopwatch.device)
             rows[name] = replace(rows[name], peak_bytes=peak)
@@ -111,12 +121,13 @@ class Race:
         self.report(list(rows.values()))
         return list(rows.values())
 
-    def _time(self, calls: dict[str, Call]) -> dict[str, list[float]]:
-        expected = {name: self.stopwatch.time(call) for name, call in calls.items()}
+    def _time(self, calls: dict[str, Call], known: Mapping[str, float]) -> dict[str, list[float]]:
+        expected = {n: known.get(n) or self.stopwatch.time(call) for n, call in calls.items()}
         first, *others = calls
-        rounds = _between(_FEWEST_ROUNDS, int(self.seconds_each / expected[first]), _MOST_ROUNDS)
+        fewest, most = self.fewest_rounds, self.most_rounds
+        rounds = _between(fewest, int(self.seconds_each / expected[first]), most)
         counts = {
-            name: _between(_FEWEST_SAMPLES, int(self.seconds_each / expected[name]), rounds)
+            name: _between(self.fewest_samples, int(self.seconds_each / expected[name]), rounds)
             for name in others
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -136,8 +147,7 @@ class Race:
         return seconds
 
     def _fill(self, row: Row, seconds: list[float], work: Work) -> Row:
-        # The first call: `_time` makes it to see how many there can be.
-        row = replace(row, warmup=1, **statistics_of(seconds))
+        row = replace(row, **statistics_of(seconds))
         # The work is that of the whole.
         if row.part:
             return row

@@ -1,120 +1,204 @@
-"""A benchmark record as Markdown tables: `python -m benchmarks.report RECORD.json`."""
+"""Reports of benchmark records: Markdown tables and pictures, `python -m benchmarks.report`.
+
+For every device under benchmarks/results/, the newest figures of each operation become a page and
+its pictures in docs/benchmarks/. A record that came from a dirty tree or from other sources than
+this checkout's is marked. With records as arguments, prints them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Row, first_of_ours, rows_of
+from benchmarks import latency_study, latency_tables, records, tables
+from benchmarks.quality_tables import quality
+from benchmarks.records import Row, rows_of
+from benchmarks.tables import markdown
 from dlmone_fast.evaluation.table import Table
 
-_COLUMNS = ["implementation", "median ms", "p99 ms", "min ms", "GB/s", "TFLOP/s", "of floor",
-            "peak MB", "× our time", "× our memory", "samples"]  # fmt: skip
-_CALL_COLUMNS = ["of its call", "tokens as fp32", "output error", "held MB"]
+PAGES = records.ROOT / "docs" / "benchmarks"
+_QUALITY, _TRAINING, _SCALING = "quality: ", "training: ", "generate by "
+_PICTURES = {
+    "latency": "Seconds per sample against network calls",
+    "frontier": "Quality against network calls and against time",
+    "scaling": "Time of a call against what is varied",
+    "roofline": "Share of what the machine can do",
+}
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Environment, one table a case, and the targets."""
-    rows = rows_of(record)
-    cases = list(dict.fromkeys((row.operation, row.case) for row in rows))
-    parts = [_environment(record)]
-    parts += [_case(rows, operation, case) for operation, case in cases]
-    if record["targets"]:
-        parts.append(_targets(record["targets"]))
+@dataclass
+class Device:
+    """The newest figures of one device.
+
+    Attributes:
+        name: of the folder of its records.
+        rows: of each operation, those of the newest record that has it.
+        used: the records that rows came from, newest first.
+    """
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    used: list[dict[str, Any]] = field(default_factory=list)
+
+    def of(self, prefix: str) -> list[Row]:
+        """Rows whose operation begins so."""
+        return [row for row in self.rows if row.operation.startswith(prefix)]
+
+    def targets(self) -> list[dict[str, Any]]:
+        """Each target once, as the newest record judged it where it was measured."""
+        found: dict[str, dict[str, Any]] = {}
+        for record in self.used:
+            for target in record["targets"]:
+                before = found.get(target["target"])
+                if before is None or (before["value"] is None and target["value"] is not None):
+                    found[target["target"]] = target
+        return list(found.values())
+
+
+def devices(folder: Path = records.RESULTS) -> list[Device]:
+    """What the records of each device say; records of an older schema are named on stderr."""
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        read = [_read(record) for record in sorted(path.glob("*.json"), reverse=True)]
+        device = _newest(path.name, [record for record in read if record is not None])
+        if device.rows:
+            found.append(device)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record["environment"].get("schema") != records.SCHEMA:
+        print(f"{path.name}: left out, of another schema than {records.SCHEMA}", file=sys.stderr)
+        return None
+    return record
+
+
+def _newest(name: str, found: Sequence[dict[str, Any]]) -> Device:
+    device, seen = Device(name), set[str]()
+    for record in found:
+        rows = [row for row in rows_of(record) if row.operation not in seen]
+        if rows:
+            device.rows += rows
+            device.used.append(record)
+            seen |= {row.operation for row in rows}
+    return device
+
+
+def page(device: Device, pictures: dict[str, Path]) -> str:
+    """The device's report."""
+    title = device.used[0]["environment"]["device"]
+    sections = [
+        (latency_study.OPERATION, "Seconds per sample (the paper's Table 2)", _latency(device)),
+        ("frontier", "Quality and speed", quality(device.of(_QUALITY))),
+        ("", "Whole calls beside other libraries", _cases(device, "generate")),
+        ("", "Beside autoregressive models", tables.cases(device.of("generate beside"))),
+        ("scaling", "Scaling", tables.cases(device.of(_SCALING))),
+        ("", "Training steps", _training(device.of(_TRAINING))),
+        ("roofline", "Kernels", _kernels(device)),
+        ("", "Targets", tables.targets(device.targets()) if device.targets() else ""),
+        ("", "How it was measured", _environments(device)),
+    ]
+    parts = [f"# Benchmarks: {title}", _INTRODUCTION]
+    for picture, heading, text in sections:
+        if text:
+            shown = f"![{_PICTURES[picture]}]({pictures[picture].relative_to(PAGES)})\n\n" if (
+                picture in pictures) else ""  # fmt: skip
+            parts.append(f"## {heading}\n\n{shown}{text}")
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """\
+Written by `python -m benchmarks.report` from the records under `benchmarks/results/`; nothing here
+is typed by hand. Implementations of a case ran in turns in one process, after their results had
+been checked; "× our time" is relative to the first of ours, which is what `auto` takes. "Of floor"
+is the least time that the bytes or products need on this machine over the median."""
+
+
+def _latency(device: Device) -> str:
+    rows = device.of(latency_study.OPERATION)
+    parts = []
+    for case in dict.fromkeys(row.case for row in rows):
+        parts.append(f"**{case}**")
+        parts.append(latency_tables.latency(rows, case))
+        if chain := latency_tables.decomposition(rows, case):
+            parts.append(f"Where the speed-up lies:\n\n{chain}")
     return "\n\n".join(parts)
 
 
-def _environment(record: dict[str, Any]) -> str:
-    found, machine = record["environment"], record["machine"]
-    changes = " with uncommitted changes" if found["uncommitted_changes"] else ""
-    return (
-        f"{found['device']} (CPU {found['cpu']}), {found['threads']} threads, load average "
-        f"{found['load_average']:.2f}; Python {found['python']}, torch {found['torch']}, triton "
-        f"{found['triton']}{_libraries(found)}, commit {str(found['commit'])[:9]}{changes}, "
-        f"{found['date']}.\n"
-        f"Copy {machine['copy_gb_s']:.0f} GB/s measured. Floors: {machine['bandwidth_gb_s']:.0f} "
-        f"GB/s, fp32 {machine['fp32_tflop_s']:.3g} and bf16 {machine['bf16_tflop_s']:.3g} "
-        f"TFLOP/s ({machine['source']})."
+def _cases(device: Device, operation: str) -> str:
+    return tables.cases([row for row in device.rows if row.operation == operation])
+
+
+def _kernels(device: Device) -> str:
+    others = (latency_study.OPERATION, _QUALITY, _TRAINING, "generate")
+    return tables.cases([row for row in device.rows if not row.operation.startswith(others)])
+
+
+def _training(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    columns = ["step", "case", "implementation", "samples/s", "median ms", "p80 ms", "of floor",
+               "peak MB", "× our time"]  # fmt: skip
+    table, notes = Table(columns, "lll" + "r" * 6), []
+    for row in rows:
+        if row.median_ms is None:
+            notes.append(f"- {row.operation.removeprefix(_TRAINING)}, {row.case}, "
+                         f"{row.implementation}: {row.note}")  # fmt: skip
+            continue
+        own = records.first_of_ours(list(rows), row.operation, row.case)
+        table.add(
+            row.operation.removeprefix(_TRAINING), row.case, row.implementation,
+            f"{1e3 * (row.at or 0) / row.median_ms:.1f}", f"{row.median_ms:.1f}",
+            tables.number(row.p80_ms, ".1f"), tables.number(row.fraction_of_floor, ".0%"),
+            tables.number(row.peak_bytes and row.peak_bytes / 1e6, ".0f"),
+            tables.ratio(row.median_ms, own.median_ms if own else None),
+        )  # fmt: skip
+    return "\n\n".join(filter(None, [table.markdown(), "\n".join(dict.fromkeys(notes))]))
+
+
+def _environments(device: Device) -> str:
+    parts = []
+    for record in device.used:
+        operations = dict.fromkeys(row["operation"] for row in record["rows"])
+        parts.append(f"{', '.join(operations)}:\n{tables.environment(record)}")
+    return "\n\n".join(parts)
+
+
+def write(folder: Path = PAGES) -> list[Path]:
+    """Write every device's page and pictures; the paths of the pages."""
+    from benchmarks.plots import draw_all
+
+    written = []
+    for device in devices():
+        pictures = draw_all(device.rows, folder / device.name)
+        path = folder / f"{device.name}.md"
+        path.write_text(page(device, pictures), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the pages, or print the records named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _libraries(found: dict[str, Any]) -> str:
-    versions = found.get("libraries", {}).items()
-    return "".join(f", {name} {version}" for name, version in versions if version)
-
-
-def _case(rows: list[Row], operation: str, case: str) -> str:
-    found = [row for row in rows if (row.operation, row.case) == (operation, case)]
-    of_calls = any(row.agreement is not None for row in found)
-    table = Table(_COLUMNS + (_CALL_COLUMNS if of_calls else []))
-    own = first_of_ours(rows, operation, case)
-    for row in found:
-        if row.median_ms is not None:
-            more = _call_cells(row, found, own) if of_calls else []
-            table.add(row.implementation, *_cells(row, own), *more)
-    notes = [f"- {row.implementation}: {row.note}" for row in found if row.median_ms is None]
-    parts = [f"**{operation}, {case}**", table.markdown(), "\n".join(notes)]
-    return "\n\n".join(filter(None, parts))
-
-
-def _cells(row: Row, own: Row | None) -> list[str | int | None]:
-    peak = None if row.peak_bytes is None else row.peak_bytes / 1e6
-    return [
-        _number(row.median_ms, ".3f"),
-        _number(row.p99_ms, ".3f"),
-        _number(row.min_ms, ".3f"),
-        _number(row.gigabytes_per_second, ".1f"),
-        _number(row.teraflops, ".3g"),
-        _number(row.fraction_of_floor, ".0%"),
-        _number(peak, ".1f"),
-        _ratio(row.median_ms, own.median_ms if own else None),
-        _ratio(row.peak_bytes, own.peak_bytes if own else None),
-        row.samples,
-    ]
-
-
-def _call_cells(row: Row, found: list[Row], own: Row | None) -> list[str | None]:
-    accuracy = [_number(row.agreement, ".2%"), _number(row.error, ".2g")]
-    held = None if row.held_bytes is None else row.held_bytes / 1e6
-    return [_number(_share(row, found, own), ".1%"), *accuracy, _number(held, ".1f")]
-
-
-def _share(row: Row, found: list[Row], own: Row | None) -> float | None:
-    """A part's share of the call that it is named after, or of our first one."""
-    named = (
-        r for r in found if not r.part and row.implementation.startswith(f"{r.implementation},")
-    )
-    whole = next(named, own)
-    if not row.part or row.median_ms is None or whole is None or not whole.median_ms:
-        return None
-    return row.median_ms / whole.median_ms
-
-
-def _targets(targets: list[dict[str, Any]]) -> str:
-    table = Table(["target", "measured", "outcome"], "lrl")
-    for target in targets:
-        table.add(target["target"], _number(target["value"], ".3g"), target["outcome"])
-    return table.markdown()
-
-
-def _number(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
-
-
-def _ratio(theirs: float | None, ours: float | None) -> str | None:
-    return f"{theirs / ours:.2f}" if theirs is not None and ours else None
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the records given on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
-    for path in parser.parse_args(arguments).records:
+    parser.add_argument("records", nargs="*", type=Path, metavar="RECORD.json")
+    given = parser.parse_args(arguments).records
+    for path in given:
         print(markdown(json.loads(path.read_text(encoding="utf-8"))))
+    if not given:
+        for path in write():
+            print(path.relative_to(records.ROOT))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tiny: Model
     for peer in peers(tiny, tmp_path):
         if peer.absent:
             assert not lineup.add(peer)
-    assert lineup.fields["OpenVINO fp32"] == {"note": "absent: onnx not installed"}
+    assert lineup.fields["OpenVINO fp32"]["note"] == "absent: onnx not installed"
     assert not lineup.calls
 
 
@@ -138,7 +139,7 @@ def test_a_peer_in_bf16_rounds_in_bf16_and_may_be_left_out_of_a_batch(tiny: Mode
     assert lineup.fields["PyTorch bf16"]["agreement"] > 0.95
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert not (other := Lineup(tiny, 2)).add(peer)
-    assert other.fields["PyTorch bf16"] == {"note": "absent: timed at batch 1 and 4 only"}
+    assert other.fields["PyTorch bf16"]["note"] == "absent: timed at batch 1 and 4 only"
 
 
 def test_a_wrong_or_failing_peer_is_reported_and_not_timed(tiny: Model):
@@ -148,7 +149,7 @@ def test_a_wrong_or_failing_peer_is_reported_and_not_timed(tiny: Model):
     lineup = Lineup(tiny, 2)
     for name, network in (("other fp32", lambda x_t, time: -x_t), ("failing", fails)):
         assert not lineup.add(replace(plain(tiny, network), name=name))
-    assert lineup.fields["other fp32"]["note"] == "wrong, so not timed"
+    assert re.match(r"wrong, so not timed: \d+ ids differ", lineup.fields["other fp32"]["note"])
     assert lineup.fields["failing"]["note"] == "failed: RuntimeError: no such device"
     assert not lineup.calls
 
@@ -163,7 +164,7 @@ def test_a_backend_of_ours_that_cannot_run_is_named_and_a_wrong_one_fails(tiny: 
             answer = super().__call__(batch)
             return replace(answer, token_ids=[[0] * len(ids) for ids in answer.token_ids])
 
-    with pytest.raises(pytest.fail.Exception, match=r"eager fp32: 0.00% of the tokens"):
+    with pytest.raises(pytest.fail.Exception, match=r"eager fp32: \d+ ids differ from fp32's"):
         lineup.add(Wrong(tiny, "eager", "fp32"))
 
 

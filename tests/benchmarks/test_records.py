@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floors, records, report, shapes, targets
+from benchmarks import floors, records, shapes, tables, targets
 from benchmarks.floors import Machine, Work
-from benchmarks.records import Row
+from benchmarks.records import Row, Score
 from benchmarks.shapes import Shape
 
 ROUNDING = ("rounding", "128 tokens float32")
@@ -111,8 +111,41 @@ def test_a_record_is_written_and_reads_back_as_a_report(tmp_path: Path):
     assert {"date", "device", "cpu", "threads", "python", "torch", "triton", "dlmone_fast",
             "commit", "uncommitted_changes"} <= set(read["environment"])  # fmt: skip
     assert records.rows_of(read) == [*rows(4.0, 10.0), wrong]
-    text = report.markdown(read)
-    peer = next(line for line in text.splitlines() if line.startswith("| matmul + argmin"))
-    assert [cell.strip() for cell in peer.split("|")][9:11] == ["2.50", "50.00"]
+    text = tables.markdown(read)
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| implementation")).split("|")
+    peer = next(line for line in lines if line.startswith("| matmul + argmin")).split("|")
+    cells = {name.strip(): cell.strip() for name, cell in zip(head, peer, strict=True)}
+    assert (cells["× our time"], cells["× our memory"]) == ("2.50", "50.00")
     assert "1 of 128 ids differ" in text
     assert "| met" in text
+
+
+def test_scores_survive_the_record(tmp_path: Path):
+    scored = Row("quality: qqp", "teacher", "dlmone_fast", True, at=20, rows_scored=9,
+                 scores={"bleu": Score(0.2, 0.1, 0.3), "div_4": Score(0.9)})  # fmt: skip
+    path = records.save(records.record(torch.device("cpu"), {}, [scored], []), tmp_path)
+    assert records.rows_of(json.loads(path.read_text())) == [scored]
+
+
+def test_the_content_hash_is_of_names_and_bytes_and_of_nothing_built(tmp_path: Path):
+    source = tmp_path / "dlmone_fast" / "a.py"
+    source.parent.mkdir()
+    source.write_text("x = 1")
+    first = records.content_hash(tmp_path)
+    (tmp_path / "dlmone_fast" / "_C.so").write_bytes(b"built")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "b.py").write_text("y = 2")
+    assert records.content_hash(tmp_path) == first
+    source.write_text("x = 2")
+    changed = records.content_hash(tmp_path)
+    source.rename(source.with_name("c.py"))
+    assert len({first, changed, records.content_hash(tmp_path)}) == 3
+
+
+def test_a_record_of_other_sources_or_of_a_dirty_tree_says_so():
+    found = {"uncommitted_changes": False, "content_hash": "a"}
+    assert records.caveat({"environment": found}, "a") == ""
+    assert "another version" in records.caveat({"environment": found}, "b")
+    found["uncommitted_changes"] = True
+    assert records.caveat({"environment": found}, "a") == "measured with uncommitted changes"

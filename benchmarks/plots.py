@@ -1,0 +1,206 @@
+"""Pictures of a report: each function draws one figure from rows, or returns None without any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks import latency_study as study
+from benchmarks.records import Row
+from dlmone_fast.tasks.paper import PAPER, TABLE_2
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_DPI = 140
+_WIDTH, _HEIGHT = 5.2, 3.8
+_FIGURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {}
+
+
+def _figure(function: Callable[[Sequence[Row]], Figure | None]) -> Callable[..., Figure | None]:
+    _FIGURES[function.__name__] = function
+    return function
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
+    """Write every figure that the rows are enough for; paths by name."""
+    paths = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+        for name, function in _FIGURES.items():
+            figure = function(rows)
+            if figure is None:
+                continue
+            paths[name] = folder / f"{name}.png"
+            figure.savefig(paths[name], dpi=_DPI, metadata={"Software": None})
+            plt.close(figure)
+    return paths
+
+
+def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(columns * _WIDTH, lines * _HEIGHT), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    flat: list[Axes] = list(axes.flat)
+    for unused in flat[count:]:
+        unused.set_visible(False)
+    return figure, flat[:count]
+
+
+@_figure
+def latency(rows: Sequence[Row]) -> Figure | None:
+    """Seconds per sample against network calls, a panel a model."""
+    cases = list(dict.fromkeys(r.case for r in rows if r.operation == study.OPERATION))
+    if not cases:
+        return None
+    figure, axes = _panels(len(cases), 2)
+    for axis, case in zip(axes, cases, strict=True):
+        found = [r for r in rows if r.operation == study.OPERATION and r.case == case and r.mean_ms]
+        _latency_panel(axis, found)
+        axis.set_title(case)
+    return figure
+
+
+def _latency_panel(axis: Axes, rows: Sequence[Row]) -> None:
+    systems = list(dict.fromkeys(r.implementation.rpartition(", ")[0] for r in rows))
+    axis.plot(list(TABLE_2), list(TABLE_2.values()), "s:", color="0.6", ms=3, label=PAPER)
+    for system in systems:
+        own = sorted((r.at or 0, (r.mean_ms or 0) / 1e3, bool(r.derived)) for r in rows
+                     if r.implementation.rpartition(", ")[0] == system)  # fmt: skip
+        steps, seconds = [x for x, _, _ in own], [y for _, y, _ in own]
+        if len(own) == 1:
+            axis.plot(steps, seconds, "*", ms=9, label=f"{system}, 1 call")
+            continue
+        (line,) = axis.plot(steps, seconds, "-", lw=1.2, label=system)
+        for marker, flag in (("o", False), ("x", True)):
+            points = [(x, y) for x, y, derived in own if derived == flag]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker, color=line.get_color(), ms=5)
+    if any(r.derived for r in rows):
+        axis.plot([], [], "x", color="0.3", label="derived from fewer calls")
+    axis.set(xscale="log", yscale="log", xlabel="network calls per sample",
+             ylabel="seconds per sample, mean")  # fmt: skip
+    axis.legend(fontsize=7)
+
+
+_MEASURES = {
+    "joint": "joint (exact)", "ibleu": "iBLEU", "bleu": "BLEU", "rouge_l": "ROUGE-L",
+    "div_4": "Div-4",
+}  # fmt: skip
+_BASELINES = {"copy of the source": "--", "reference": ":"}
+
+
+@_figure
+def frontier(rows: Sequence[Row]) -> Figure | None:
+    """Quality against network calls and against milliseconds, a line of panels a measure."""
+    found = [r for r in rows if r.operation.startswith("quality: ") and r.scores]
+    if not found:
+        return None
+    known = {name for r in found for name in (r.scores or {})}
+    measures = [name for name in _MEASURES if name in known]
+    figure, axes = _panels(2 * len(measures), 2)
+    for i, name in enumerate(measures):
+        quality_panel(axes[2 * i], found, name, lambda r: r.at)
+        quality_panel(axes[2 * i + 1], found, name, lambda r: r.median_ms)
+        axes[2 * i].set_xlabel("network calls per sample")
+        axes[2 * i + 1].set_xlabel("ms per sample, median, batch 1")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(found[0].operation.removeprefix("quality: "))
+    return figure
+
+
+def quality_panel(
+    axis: Axes, rows: Sequence[Row], measure: str, abscissa: Callable[[Row], float | None]
+) -> None:
+    """One measure of every system on a log axis, with intervals; baselines as horizontal lines."""
+    for system in dict.fromkeys(r.case for r in rows):
+        points = [(abscissa(r), r.scores[measure]) for r in rows
+                  if r.case == system and r.scores and measure in r.scores]  # fmt: skip
+        if system in _BASELINES:
+            axis.axhline(points[0][1].value, ls=_BASELINES[system], color="0.4", lw=1, label=system)
+            continue
+        placed = sorted(((x, s) for x, s in points if x), key=lambda point: point[0])
+        if not placed:
+            continue
+        values = [s.value for _, s in placed]
+        errors = [
+            [max(0.0, s.value - s.low) if s.low is not None else 0.0 for _, s in placed],
+            [max(0.0, s.high - s.value) if s.high is not None else 0.0 for _, s in placed],
+        ]
+        style: dict[str, Any] = {
+            "marker": "o",
+            "ms": 3.5,
+            "lw": 1.1,
+            "capsize": 2,
+            "elinewidth": 0.8,
+        }
+        if "teacher" not in system:
+            style |= {"marker": "*", "ms": 8}
+        axis.errorbar([x for x, _ in placed], values, yerr=errors, label=system, **style)
+    axis.set(xscale="log", ylabel=_MEASURES.get(measure, measure))
+
+
+@_figure
+def scaling(rows: Sequence[Row]) -> Figure | None:
+    """Time of a call against what is varied, a panel an axis."""
+    prefix = "generate by "
+    found = [r for r in rows if r.operation.startswith(prefix) and r.median_ms and r.at]
+    operations = list(dict.fromkeys(r.operation for r in found))
+    if not operations:
+        return None
+    figure, axes = _panels(len(operations), 3)
+    for axis, operation in zip(axes, operations, strict=True):
+        of_axis = [r for r in found if r.operation == operation]
+        for name in dict.fromkeys(r.implementation for r in of_axis):
+            points = sorted((r.at, r.median_ms) for r in of_axis if r.implementation == name)
+            axis.plot(*zip(*points, strict=True), "o-", ms=4, label=name)
+        values = sorted({r.at for r in of_axis if r.at})
+        axis.set(xscale="log", yscale="log", xlabel=operation.removeprefix(prefix),
+                 ylabel="ms per call, median")  # fmt: skip
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
+    return figure
+
+
+@_figure
+def roofline(rows: Sequence[Row]) -> Figure | None:
+    """How near each operation comes to what the machine can do: ours, and the best peer."""
+    timed = [r for r in rows if r.fraction_of_floor and not r.part and r.operation in _ROOFLINE]
+    cases = list(dict.fromkeys((r.operation, r.case) for r in timed))
+    if not cases:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.42 * len(cases)), layout="constrained")
+    for place, key in enumerate(cases):
+        found = [r for r in timed if (r.operation, r.case) == key]
+        for offset, colour, ours in ((-0.19, "C0", True), (0.19, "0.65", False)):
+            group = [r for r in found if r.ours == ours]
+            if not group:
+                continue
+            # The first of ours is what "auto" takes.
+            best = group[0] if ours else max(group, key=lambda r: r.fraction_of_floor or 0)
+            share = 100 * (best.fraction_of_floor or 0)
+            axis.barh(place + offset, share, height=0.36, color=colour)
+            axis.text(share + 1, place + offset, f"{best.implementation} {share:.0f} %",
+                      va="center", fontsize=7)  # fmt: skip
+    axis.set_yticks(range(len(cases)), [f"{operation}\n{case}" for operation, case in cases],
+                    fontsize=7)  # fmt: skip
+    axis.invert_yaxis()
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.35)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("% of the floor: bytes at copy bandwidth or products at the measured peak")
+    return figure
+
+
+_ROOFLINE = (
+    "noise", "forward diffusion", "forward diffusion of tokens", "distillation loss",
+    "linear cross-entropy", "rounding", "generate",
+)  # fmt: skip
