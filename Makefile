@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test aot sanitize bench-kernels bench-generate lint types imports check clean
+.PHONY: help setup demo demo-seeds test aot sanitize bench bench-kernels lint types imports check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -32,12 +32,13 @@ aot: $(READY)  ## compile every Triton kernel for A100 and H100, without a GPU
 sanitize: $(READY)  ## run the native code's tests under AddressSanitizer and UBSan
 	.ci/sanitize $(PY)
 
-bench-kernels: $(READY)  ## time the kernels beside their peers, on a GPU if there is one
-	$(PY) -m pytest benchmarks --benchmark-only -k kernels --save-records
-
-bench-generate: $(READY)  ## time whole calls of generate beside other libraries
+bench: $(READY)  ## time everything beside its peers, under 15 minutes on 2 cores; BENCH=--full for all
 	$(PY) -m pip install --disable-pip-version-check -q -e ".[bench]"
-	$(PY) -m pytest benchmarks --benchmark-only -k generate --save-records
+	$(PY) -m pytest benchmarks --benchmark-only --save-records $(BENCH)
+	$(PY) -m benchmarks.report
+
+bench-kernels: $(READY)  ## time the kernels alone, on a GPU if there is one
+	$(PY) -m pytest benchmarks --benchmark-only -k kernels --save-records
 
 lint: $(READY)  ## check style: ruff, clang-format
 	$(VENV)/bin/ruff check .

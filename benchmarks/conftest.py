@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate_targets, records, tables, targets
+from benchmarks import generate_targets, latency_study, records, tables, targets
 from benchmarks.floors import Machine, measure_machine
 from benchmarks.race import Race
 from benchmarks.timing import Stopwatch
@@ -127,7 +127,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     device = config.stash[_DEVICE]
     judged = [
         outcome
-        for suite in (targets.TARGETS, generate_targets.TARGETS)
+        for suite in (targets.TARGETS, generate_targets.TARGETS, latency_study.TARGETS)
         for outcome in targets.judge(rows, device.type, found.copy, suite)
     ]
     record = records.record(device, found.record(), rows, judged)

@@ -1,11 +1,12 @@
 """What needs a GPU, ten minutes a part: `OUT=folder python -m benchmarks.gpu_session kernels`.
 
-The parts are `kernels` and `generate`. Each builds the extension in place, runs the tests of its
-part and, where CUDA's compute-sanitizer is installed, the CUDA kernels' tests under it, then times
-every kernel, or generation as a whole, beside its peers. Each step has
-a log in $OUT (default: gpu-session) and a limit of its own; one that fails or is cut off stops
-none of the others. $OUT/summary.json has what came of each. Needs no network and nothing
-installed but torch, pytest and, for the benchmarks, pytest-benchmark.
+The parts are `kernels`, `generate` and `study`. Each builds the extension in place, runs the tests
+of its part and, where CUDA's compute-sanitizer is installed, the CUDA kernels' tests under it, then
+times every kernel, or generation as a whole beside other libraries, or the latency study with
+autoregressive models and training steps. Each step has a log in $OUT (default: gpu-session) and a
+limit of its own; one that fails or is cut off stops none of the others. $OUT/summary.json has what
+came of each. Needs no network and nothing installed but torch, pytest and, for the benchmarks,
+pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from pathlib import Path
 from benchmarks.records import RESULTS, ROOT
 
 _SECONDS = 570
-_TESTED = {"kernels": "tests/kernels", "generate": "tests/runtime/engines"}
+_TESTED = {
+    "kernels": "tests/kernels",
+    "generate": "tests/runtime/engines",
+    "study": "tests/samplers",
+}
+_TIMED = {"study": "latency or alternatives or training"}
 _TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
@@ -63,7 +69,8 @@ def steps(out: Path, part: str) -> list[Step]:
         command = [memcheck, "--tool", "memcheck", "--error-exitcode", "77", python, *_TESTS]
         command += ["tests/kernels", "-k", "cuda", "-x"]
         found.append(Step("memcheck", command, 90, 240))
-    timed = [python, "-m", "pytest", "benchmarks", "-k", part, "--benchmark-only", "-q"]
+    timed = [python, "-m", "pytest", "benchmarks", "-k", _TIMED.get(part, part)]
+    timed += ["--benchmark-only", "-q"]
     timed += ["--device", "cuda", "--save-records", f"--benchmark-json={out / 'benchmark.json'}"]
     return [*found, Step(part, timed, 400)]
 

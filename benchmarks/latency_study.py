@@ -18,6 +18,7 @@ from benchmarks.generate_cases import BERT_BASE, COMPACT, Model, prompts
 from benchmarks.peers import expanded_square
 from benchmarks.race import OURS
 from benchmarks.records import Row
+from benchmarks.targets import Target
 from dlmone_fast.config import ModelConfig
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.kernels.noise import Stream, normal
@@ -72,6 +73,14 @@ CASES = {
     "cuda": [*_whole("BERT-base", BERT_BASE), *_whole("compact", COMPACT)],
 }
 """At BERT-base's size a CPU takes minutes for a sample of all steps."""
+
+
+TARGETS = tuple(
+    Target(device, OPERATION, "BERT-base, batch 1", "time", 1 / 500, f"{PUBLISHED}, {_MOST} steps",
+           own=f"{OURS} eager fp32, 1 step")
+    for device in CASES
+)  # fmt: skip
+"""The paper's own ratio, on one engine and precision: what is left is the method's."""
 
 
 def steps_of(steps: int) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import latency_study as study
-from benchmarks import latency_tables
+from benchmarks import latency_tables, targets
 from benchmarks.generate_cases import Model, model
 from benchmarks.latency_study import PUBLISHED, Published, Sampler
 from benchmarks.records import Row
@@ -106,3 +106,9 @@ def test_the_table_stands_beside_the_papers_and_marks_what_was_derived():
     assert "20,000×" in last
     assert "absent: no bf16 on this CPU" in text
     assert latency_tables.decomposition(table_rows()[:4], CASE) == ""
+
+
+def test_the_target_is_the_papers_ratio_over_the_published_sampler():
+    found = [replace(r, case="BERT-base, batch 1") for r in table_rows()]
+    judged = targets.judge(found, "cpu", 1e9, study.TARGETS)
+    assert [(t["outcome"], t["value"]) for t in judged] == [("met", pytest.approx(10 / 40_000))]
