@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from benchmarks.autoregressive import (
 from benchmarks.ctranslate2_model import EncoderDecoder, Translator, export
 from benchmarks.generate_cases import Model, prompts
 from benchmarks.generate_peers import Output, why_absent
+from benchmarks.records import Row
 from benchmarks.timing import Call, held_memory
 
 DECODER = "PyTorch decoder, KV cache"
@@ -273,3 +274,19 @@ def _check(call: TextCall, batch: int, alternative: Alternative, known: dict[str
     ]
     known["note"] = "; ".join(filter(None, facts))
     return ""
+
+
+def comparable(row: Row, device: torch.device) -> Row:
+    """Without what is reckoned from our own work, and GPU memory that torch does not see."""
+    if row.ours:
+        return row
+    unseen = device.type == "cuda" and row.implementation.startswith(CTRANSLATE2)
+    return replace(
+        row,
+        gigabytes_per_second=None,
+        teraflops=None,
+        fraction_of_floor=None,
+        floor_ms=None,
+        peak_bytes=None if unseen else row.peak_bytes,
+        held_bytes=None if unseen else row.held_bytes,
+    )

@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from benchmarks import generate_cases as cases
-from benchmarks.autoregressive_peers import CTRANSLATE2, Setting, line_up
+from benchmarks.autoregressive_peers import Setting, comparable, line_up
 from benchmarks.generate_cases import BERT_BASE, COMPACT, Case
 from benchmarks.generate_lineup import Lineup
 from benchmarks.generate_ours import Own
 from benchmarks.race import Race
-from benchmarks.records import Row
 from benchmarks.timing import WallClock
 
 OPERATION = "generate beside autoregressive models"
@@ -54,25 +53,9 @@ def test_alternatives(race: Race, shape: Case, device: torch.device, full: bool)
             stopwatch=WallClock(device),
             seconds_each=_SECONDS_EACH,
             short_seconds=_SHORT_SECONDS,
-            report=lambda rows: race.report([_comparable(row, device) for row in rows]),
+            report=lambda rows: race.report([comparable(row, device) for row in rows]),
         )
         work = cases.work(shape, "fp32" if device.type == "cpu" else "bf16")
         implementations = {**lineup.calls, **calls}
         known = {**lineup.fields, **fields}
         whole(OPERATION, shape, implementations, None, work, fields=known)
-
-
-def _comparable(row: Row, device: torch.device) -> Row:
-    """Without what is reckoned from our own work, and GPU memory that torch does not see."""
-    if row.ours:
-        return row
-    unseen = device.type == "cuda" and row.implementation.startswith(CTRANSLATE2)
-    return replace(
-        row,
-        gigabytes_per_second=None,
-        teraflops=None,
-        fraction_of_floor=None,
-        floor_ms=None,
-        peak_bytes=None if unseen else row.peak_bytes,
-        held_bytes=None if unseen else row.held_bytes,
-    )
