@@ -1,8 +1,8 @@
 """What one would use without this package's runtime: whole calls around other libraries' networks.
 
 Every peer has the same weights, the same tokenizer and layout of prompts, and one plain way around
-its network: `torch.randn`, a product with the whole table, arg-min. A library that cannot be
-imported is named with the reason.
+its network: `torch.randn`, a product with the whole table, arg-min. `PEERS` is all there is to say
+about each; a library that cannot be imported is named with the reason.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ Network = Callable[[Tensor, Tensor], Tensor]
 """x_t [B, L, d] and network time [B] → x̂0 [B, L, d], all fp32."""
 
 Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+Exported = Callable[[], Path]
+"""The file of the network as ONNX, written at the first call."""
+
 NO_BF16 = "no bf16 on this CPU"
 _OPSET = 17
 
@@ -95,9 +99,29 @@ class PlainCall:
         return Output([tokenizer.decode_clean(row) for row in targets], targets)
 
 
-def peers(model: Model, folder: Path) -> list[Peer]:
-    """The peers on the model's device; `folder` is for exported files."""
-    return _on_gpu(model) if model.device.type == "cuda" else _on_cpu(model, folder)
+def compiled_argmin(x: Tensor, table: Tensor, norms: Tensor) -> Tensor:
+    """`expression_argmin` by torch.compile, which fuses it."""
+    return _compiled_argmin()(x, table, norms)
+
+
+@functools.cache
+def _compiled_argmin() -> Rounding:
+    # At its first use: torch.compile takes a second to import.
+    found: Rounding = torch.compile(expression_argmin, dynamic=False)
+    return found
+
+
+def missing(*packages: str) -> str:
+    """Which of the packages cannot be imported, as a reason; "": all can."""
+    found = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(found)} not installed" if found else ""
+
+
+def why_absent(device: torch.device, dtype: torch.dtype, packages: Sequence[str]) -> str:
+    """Why what needs these packages and computes in `dtype` cannot run; "": it can."""
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
+        return NO_BF16
+    return missing(*packages)
 
 
 def cpu_has_bf16() -> bool:
@@ -139,47 +163,6 @@ def _autocast(model: Model) -> Network:
 def _compiled(network: Network, mode: str = "default") -> Network:
     found: Network = torch.compile(network, dynamic=False, mode=mode)
     return found
-
-
-def _on_gpu(model: Model) -> list[Peer]:
-    argmin: Rounding = torch.compile(expression_argmin, dynamic=False)
-    bf16 = torch.bfloat16
-    return [
-        Peer(names.EAGER_FP32, lambda: _eager(model)),
-        Peer(names.AUTOCAST, lambda: _autocast(model), rounding=expression_argmin, dtype=bf16),
-        Peer(
-            names.COMPILED_GRAPHS,
-            lambda: _compiled(_autocast(model), "max-autotune"),
-            rounding=argmin,
-            dtype=bf16,
-            batches=TUNED_BATCHES,
-        ),
-    ]
-
-
-def _on_cpu(model: Model, folder: Path) -> list[Peer]:
-    exported = functools.cache(lambda: _export(model, folder))
-    onnx = _missing("onnx", "onnxruntime")
-    argmin: Rounding = torch.compile(expression_argmin, dynamic=False)
-    return [
-        Peer(names.EAGER_FP32, lambda: _eager(model)),
-        Peer(
-            names.AUTOCAST,
-            lambda: _autocast(model),
-            "" if cpu_has_bf16() else NO_BF16,
-            rounding=expression_argmin,
-            dtype=torch.bfloat16,
-        ),
-        Peer(names.COMPILED, lambda: _compiled(_eager(model)), rounding=argmin),
-        Peer(names.ONNX_RUNTIME, lambda: _onnx_runtime(exported()), onnx),
-        Peer(names.ONNX_RUNTIME_INT8, lambda: _onnx_runtime(_in_int8(exported())), onnx),
-        Peer(names.OPENVINO, lambda: _openvino(exported()), _missing("onnx", "openvino")),
-    ]
-
-
-def _missing(*packages: str) -> str:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{' and '.join(missing)} not installed" if missing else ""
 
 
 def _export(model: Model, folder: Path) -> Path:
@@ -234,3 +217,67 @@ def _openvino(path: Path) -> Network:
         return torch.from_numpy(found[0])
 
     return run
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one library runs a model's network.
+
+    Attributes:
+        make: the network of a model and of its exported file.
+        packages: what must be importable besides torch.
+        rounding: how ids are found from outputs.
+        dtype: of the rounding's product; its norms stay fp32.
+        batches: the sizes that it is timed at; empty: all.
+    """
+
+    make: Callable[[Model, Exported], Network]
+    packages: tuple[str, ...] = ()
+    rounding: Rounding = matmul_argmin
+    dtype: torch.dtype = torch.float32
+    batches: tuple[int, ...] = ()
+
+
+_BF16 = torch.bfloat16
+_ONNX = ("onnx", "onnxruntime")
+
+PEERS: dict[str, dict[str, Entry]] = {
+    "cpu": {
+        names.EAGER_FP32: Entry(lambda model, _: _eager(model)),
+        names.AUTOCAST: Entry(
+            lambda model, _: _autocast(model), rounding=expression_argmin, dtype=_BF16
+        ),
+        names.COMPILED: Entry(lambda model, _: _compiled(_eager(model)), rounding=compiled_argmin),
+        names.ONNX_RUNTIME: Entry(lambda _, exported: _onnx_runtime(exported()), _ONNX),
+        names.ONNX_RUNTIME_INT8: Entry(
+            lambda _, exported: _onnx_runtime(_in_int8(exported())), _ONNX
+        ),
+        names.OPENVINO: Entry(lambda _, exported: _openvino(exported()), ("onnx", "openvino")),
+    },
+    "cuda": {
+        names.EAGER_FP32: Entry(lambda model, _: _eager(model)),
+        names.AUTOCAST: Entry(
+            lambda model, _: _autocast(model), rounding=expression_argmin, dtype=_BF16
+        ),
+        names.COMPILED_GRAPHS: Entry(
+            lambda model, _: _compiled(_autocast(model), "max-autotune"),
+            rounding=compiled_argmin,
+            dtype=_BF16,
+            batches=TUNED_BATCHES,
+        ),
+    },
+}
+"""By device and by name in the report: what is timed around the same network."""
+
+
+def peers(model: Model, folder: Path) -> list[Peer]:
+    """The peers on the model's device; `folder` is for exported files."""
+    exported = functools.cache(lambda: _export(model, folder))
+    return [
+        Peer(
+            name, functools.partial(entry.make, model, exported),
+            why_absent(model.device, entry.dtype, entry.packages),
+            entry.rounding, entry.dtype, entry.batches,
+        )
+        for name, entry in PEERS[model.device.type].items()
+    ]  # fmt: skip

@@ -1,0 +1,61 @@
+"""One step of a diffusion LM beside autoregressive models that write 20 tokens, text to text.
+
+Both sides have layers of the same sizes and random weights, on which time does not depend; what
+either writes says nothing about quality. The end of the text is never chosen, so that 20 tokens
+are written always: about as many as a paraphrase of a question has. One step writes all positions
+of its network at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import generate_cases as cases
+from benchmarks.autoregressive_peers import Setting, comparable, line_up
+from benchmarks.generate_cases import BERT_BASE, COMPACT, Case
+from benchmarks.generate_lineup import Lineup
+from benchmarks.generate_ours import Own
+from benchmarks.race import Race
+from benchmarks.timing import WallClock
+
+OPERATION = "generate beside autoregressive models"
+
+_ONE = [Case("BERT-base", BERT_BASE, 1), Case("compact", COMPACT, 1)]
+CASES = {
+    "cpu": _ONE,
+    "cuda": [*_ONE, Case("BERT-base", BERT_BASE, 32), Case("BERT-base", BERT_BASE, 128)],
+}
+# The fastest backend comes first, then what anyone has.
+_OURS = {
+    "cpu": (("openvino", "fp32"), ("openvino", "int8"), ("eager", "fp32")),
+    "cuda": (("graph", "bf16"), ("graph", "fp32"), ("eager", "fp32")),
+}
+_SECONDS_EACH = 0.6
+_SHORT_SECONDS = 0.02
+
+
+@pytest.mark.shapes(CASES)
+def test_alternatives(race: Race, shape: Case, device: torch.device, full: bool) -> None:
+    """Whole calls: ours in one step, then the others in twenty."""
+    model = cases.model(shape.config, device)
+    lineup = Lineup(model, shape.batch)
+    for choice in _OURS[device.type]:
+        lineup.add(Own(model, *choice), parts=False)
+    with tempfile.TemporaryDirectory() as folder:
+        calls, fields = line_up(Setting(model, Path(folder)), shape.batch, full)
+        whole = replace(
+            race,
+            stopwatch=WallClock(device),
+            seconds_each=_SECONDS_EACH,
+            short_seconds=_SHORT_SECONDS,
+            report=lambda rows: race.report([comparable(row, device) for row in rows]),
+        )
+        work = cases.work(shape, "fp32" if device.type == "cpu" else "bf16")
+        implementations = {**lineup.calls, **calls}
+        known = {**lineup.fields, **fields}
+        whole(OPERATION, shape, implementations, None, work, fields=known)
