@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dlmone_fast.comparison.quality import GRAMMAR, TEXT, Metric, Quality
+from dlmone_fast.comparison.measure import Measuring
+from dlmone_fast.comparison.quality import GRAMMAR, TEXT, Quality
 from dlmone_fast.data.rows import load_rows
-from dlmone_fast.evaluation.seeds import row_seeds
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.denoiser import denoiser_from_folder
@@ -27,8 +25,6 @@ from dlmone_fast.training.validation import generation_settings
 # candidate, and long samplers fewer sources.
 _ROW_CALLS = 20_480
 _FEWEST_ROWS = 24
-_LATENCY_RUNS = 100
-_LATENCY_SECONDS = 4.0
 _SEARCH_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 _SEARCH_METHODS = ("ddim", "q-sampling", "dpm-solver++")
 _SEARCH_ROWS = 128
@@ -46,7 +42,7 @@ class Measured:
     seconds: float | None
 
 
-class Comparison:
+class Comparison(Measuring):
     """The systems of a run, its test rows, and the task's measures."""
 
     def __init__(self, result: RunResult, say: Callable[[str], None]) -> None:
@@ -57,9 +53,8 @@ class Comparison:
             workspace.config,
             say,
         )
-        self.quality = GRAMMAR if self.config.is_grammar else TEXT
-        self.rows = load_rows(workspace.data_dir, "test", limit=self.config.evaluation.rows)
-        self.candidates = self.config.evaluation.candidates
+        evaluation = self.config.evaluation
+        self.candidates = evaluation.candidates
         # One backend for every system: the speed-ups are the method's alone.
         self.student = load_model(
             result.student,  # type: ignore[arg-type]
@@ -67,6 +62,14 @@ class Comparison:
             backend="eager",
         )
         self.teacher = self._teacher()
+        super().__init__(
+            load_rows(workspace.data_dir, "test", limit=evaluation.rows),
+            GRAMMAR if self.config.is_grammar else TEXT,
+            self.student.normalize_text,
+            seed=self.config.seed,
+            batch_size=evaluation.batch_size,
+            bootstrap=evaluation.bootstrap,
+        )
 
     def _teacher(self) -> Generator | None:
         if self.result.teacher is None:
@@ -93,53 +96,10 @@ class Comparison:
         seconds = self.latency(model, steps, sampler)
         return Measured(system, steps, rows * candidates, scores, seconds)
 
-    def scores(
-        self, model: Generator, steps: int, sampler: str | None, rows: int, candidates: int
-    ) -> dict[str, Any]:
-        """Scores of a model on the first rows of the test split."""
-        chosen = self.rows[:rows]
-        batch = model.generate_candidates(
-            [row.src for row in chosen],
-            num_candidates=candidates,
-            steps=steps,
-            sampler=sampler,
-            seeds=row_seeds(self.config.seed, len(chosen)),
-            batch_size=self.config.evaluation.batch_size,
-            on_overflow="truncate",
-        )
-        return self.score_texts(batch.texts)
-
-    def score_texts(self, texts: list[list[str]]) -> dict[str, Any]:
-        """Scores of candidates [n][candidates] of the first n rows."""
-        normal_text = self.student.normalize_text
-        chosen = self.rows[: len(texts)]
-        sources = [normal_text(row.src) for row in chosen]
-        references = [normal_text(row.trg) for row in chosen]
-        bootstrap = self.config.evaluation.bootstrap
-        return dict(self.quality.score(sources, references, texts, bootstrap))
-
-    def latency(self, model: Generator, steps: int, sampler: str | None) -> float:
-        """Median seconds of a whole call, text in and text out, for one prompt."""
-        sources = [row.src for row in self.rows[:_LATENCY_RUNS]]
-
-        def call(source: str) -> None:
-            model.generate(
-                source, steps=steps, sampler=sampler, on_overflow="truncate", progress=False
-            )
-
-        call(sources[0])
-        times: list[float] = []
-        while len(times) < _LATENCY_RUNS and (len(times) < 2 or sum(times) < _LATENCY_SECONDS):
-            started = time.perf_counter()
-            call(sources[len(times) % len(sources)])
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
     def reference_rows(self) -> list[Measured]:
         """The source as output, and the reference as output."""
-        normal_text = self.student.normalize_text
-        copies = [[normal_text(row.src)] for row in self.rows]
-        references = [[normal_text(row.trg)] for row in self.rows]
+        copies = [[text] for text in self.sources]
+        references = [[text] for text in self.references]
         return [
             Measured("copy of the source", None, len(copies), self.score_texts(copies), None),
             Measured("reference", None, len(references), self.score_texts(references), None),
@@ -221,7 +181,7 @@ def _table(comparison: Comparison, measured: list[Measured]) -> Table:
     table = Table(["system", "NFE", *(m.title for m in metrics), "n", "ms/sample", "speed-up"])
     base = _baseline(measured)
     for row in measured:
-        cells = [_cell(row.scores, metric) for metric in metrics]
+        cells = [metric.cell(row.scores) for metric in metrics]
         speed = None if row.seconds is None else _number(1000 * row.seconds)
         ratio = None if row.seconds is None or base is None else f"{_number(base / row.seconds)}×"
         table.add(row.system, row.steps, *cells, row.samples, speed, ratio)
@@ -239,15 +199,6 @@ def _number(value: float) -> str:
 def _baseline(measured: list[Measured]) -> float | None:
     slowest = [row for row in measured if row.system == "teacher, ancestral"]
     return slowest[0].seconds if slowest else None
-
-
-def _cell(scores: dict[str, Any], metric: Metric) -> str | None:
-    value = scores.get(metric.name)
-    if value is None:
-        return None
-    interval = scores.get("intervals", {}).get(metric.name) if metric.with_interval else None
-    width = f" ±{(interval[1] - interval[0]) / 2:.3f}" if interval else ""
-    return f"{value:.3f}{width}"
 
 
 def _notes(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,15 @@ class Metric:
     title: str
     name: str
     with_interval: bool = False
+
+    def cell(self, scores: Mapping[str, Any]) -> str | None:
+        """The score and, where it is shown, half of its interval; None: it was not scored."""
+        value = scores.get(self.name)
+        if value is None:
+            return None
+        interval = scores.get("intervals", {}).get(self.name) if self.with_interval else None
+        width = f" ±{(interval[1] - interval[0]) / 2:.3f}" if interval else ""
+        return f"{value:.3f}{width}"
 
 
 @dataclass(frozen=True)
