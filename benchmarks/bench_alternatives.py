@@ -19,9 +19,10 @@ from benchmarks import generate_cases as cases
 from benchmarks.autoregressive_peers import Setting, comparable, line_up
 from benchmarks.generate_cases import BERT_BASE, COMPACT, Case
 from benchmarks.generate_lineup import Lineup
-from benchmarks.generate_ours import Own
+from benchmarks.generate_ours import owns
 from benchmarks.race import Race
 from benchmarks.timing import WallClock
+from benchmarks.trained import TrainedGate
 
 OPERATION = "generate beside autoregressive models"
 
@@ -30,22 +31,25 @@ CASES = {
     "cpu": _ONE,
     "cuda": [*_ONE, Case("BERT-base", BERT_BASE, 32), Case("BERT-base", BERT_BASE, 128)],
 }
-# The fastest backend comes first, then what anyone has.
+# The fastest backends, and what anyone has.
 _OURS = {
-    "cpu": (("openvino", "fp32"), ("openvino", "int8"), ("eager", "fp32")),
-    "cuda": (("graph", "bf16"), ("graph", "fp32"), ("eager", "fp32")),
+    "cpu": {("openvino", "fp32"), ("openvino", "int8"), ("eager", "fp32")},
+    "cuda": {("graph", "bf16"), ("graph", "fp32"), ("eager", "fp32")},
 }
 _SECONDS_EACH = 0.6
 _SHORT_SECONDS = 0.02
 
 
 @pytest.mark.shapes(CASES)
-def test_alternatives(race: Race, shape: Case, device: torch.device, full: bool) -> None:
+def test_alternatives(
+    race: Race, shape: Case, device: torch.device, full: bool, gate: TrainedGate
+) -> None:
     """Whole calls: ours in one step, then the others in twenty."""
     model = cases.model(shape.config, device)
-    lineup = Lineup(model, shape.batch)
-    for choice in _OURS[device.type]:
-        lineup.add(Own(model, *choice), parts=False)
+    lineup = Lineup(model, shape.batch, gate)
+    for own in owns(model):
+        if (own.backend, own.precision) in _OURS[device.type]:
+            lineup.add(own, parts=False)
     with tempfile.TemporaryDirectory() as folder:
         calls, fields = line_up(Setting(model, Path(folder)), shape.batch, full)
         whole = replace(

@@ -159,9 +159,9 @@ class Inputs:
     t: Tensor
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def model(config: ModelConfig, device: torch.device, seed: int = 0) -> Model:
-    """The model of these sizes; the last one is kept."""
+    """The model of these sizes; the last two are kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = DiffusionLM(config)
