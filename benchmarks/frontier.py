@@ -5,8 +5,9 @@
 
 The teacher with the original strided sampler and with correct ones at 2 to 50 network calls, and
 with its full chain; the undistilled teacher once at t_init; the student at 1, 2 and 4 calls; the
-source and the reference as output. All run on one backend, and are scored on the same first rows
-of the test split with the same seeds; long samplers on fewer of them (column n: texts).
+source and the reference as output. All run on one backend, are timed in turns, and are scored on
+the same first rows of the test split with the same seeds; long samplers on fewer of them (column
+n: texts).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,16 +69,25 @@ def measure_pair(pair: Pair, options: argparse.Namespace, say: Callable[[str], N
         say: called with a line before each measurement.
     """
     measuring = measuring_of(pair, options)
-    rows = []
-    for system in systems(pair, options.full):
-        say(f"measuring {system.name}, {system.calls} calls")
-        rows.append(_measured(pair, measuring, system, options))
-    operation = f"quality: {pair.task}"
+    measured = list(systems(pair, options.full))
+    scored = []
+    for system in measured:
+        say(f"scoring {system.name}, {system.calls} calls")
+        scored.append(_scored(measuring, system, options))
+    say("timing all of them in turns")
+    seconds = measuring.latencies([(s.model, s.calls, s.sampler) for s in measured])
+    rows = [
+        replace(_row(pair, system), **scores, **statistics_of(times))
+        for system, scores, times in zip(measured, scored, seconds, strict=True)
+    ]
     for name, texts in (
         ("copy of the source", measuring.sources), ("reference", measuring.references)
     ):  # fmt: skip
-        scores = score_fields(measuring, [[text] for text in texts])
-        rows.append(Row(operation, name, "none", False, note="nothing to generate", **scores))
+        fields = score_fields(measuring, [[text] for text in texts])
+        # One text a source has no diversity to be compared with that of several.
+        del fields["scores"]["div_4"]
+        note = "nothing to generate"
+        rows.append(Row(f"quality: {pair.task}", name, "none", False, note=note, **fields))
     return rows
 
 
@@ -152,11 +163,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(pair: Pair, measuring: Measuring, system: System, options: argparse.Namespace) -> Row:
+def _scored(measuring: Measuring, system: System, options: argparse.Namespace) -> dict[str, Any]:
     candidates = options.candidates
     rows = affordable(system.calls, len(measuring.rows), candidates, options.full)
     texts = measuring.texts(system.model, system.calls, system.sampler, rows, candidates)
-    seconds = measuring.latencies(system.model, system.calls, system.sampler)
+    return score_fields(measuring, texts)
+
+
+def _row(pair: Pair, system: System) -> Row:
     model = system.model.denoiser.config
     return Row(
         f"quality: {pair.task}",
@@ -168,8 +182,6 @@ def _measured(pair: Pair, measuring: Measuring, system: System, options: argpars
         shape=f"1×{model.seq_len}×{model.embedding_dim}",
         dtype=system.model.precision,
         warmup=1,
-        **statistics_of(seconds),
-        **score_fields(measuring, texts),
     )
 
 

@@ -15,6 +15,9 @@ from dlmone_fast.runtime import Generator
 _LATENCY_RUNS = 100
 _LATENCY_SECONDS = 4.0
 
+# A model, its network calls, and a teacher's sampler.
+Timed = tuple[Generator, int, str | None]
+
 
 class Measuring:
     """A task's rows and measures; every system gets the same rows, in order, and seeds.
@@ -73,21 +76,32 @@ class Measuring:
 
     def latency(self, model: Generator, steps: int, sampler: str | None) -> float:
         """Median seconds of a whole call, text in and text out, for one prompt."""
-        return statistics.median(self.latencies(model, steps, sampler))
+        return statistics.median(self.latencies([(model, steps, sampler)])[0])
 
-    def latencies(self, model: Generator, steps: int, sampler: str | None) -> list[float]:
-        """Seconds of each timed call: up to 100 of them, fewer where they take long."""
-        sources = [row.src for row in self.rows[:_LATENCY_RUNS]]
+    def latencies(self, systems: Sequence[Timed]) -> list[list[float]]:
+        """Seconds of each timed call of each system: up to 100 of them, fewer where they take long.
 
-        def call(source: str) -> None:
-            model.generate(
-                source, steps=steps, sampler=sampler, on_overflow="truncate", progress=False
-            )
+        Systems take turns, so that a machine that slows down slows all of them.
+        """
+        counts = [self._affordable_calls(system) for system in systems]
+        rounds = max(counts)
+        seconds: list[list[float]] = [[] for _ in systems]
+        for done in range(rounds):
+            for system, count, times in zip(systems, counts, seconds, strict=True):
+                if (done + 1) * count // rounds > done * count // rounds:
+                    times.append(self._seconds(system, len(times)))
+        return seconds
 
-        call(sources[0])
-        times: list[float] = []
-        while len(times) < _LATENCY_RUNS and (len(times) < 2 or sum(times) < _LATENCY_SECONDS):
-            started = time.perf_counter()
-            call(sources[len(times) % len(sources)])
-            times.append(time.perf_counter() - started)
-        return times
+    def _affordable_calls(self, system: Timed) -> int:
+        expected = self._seconds(system, 0)
+        # What a first call sets up is not what later ones take.
+        if expected < _LATENCY_SECONDS / 4:
+            expected = min(expected, self._seconds(system, 0))
+        return max(2, min(_LATENCY_RUNS, round(_LATENCY_SECONDS / expected)))
+
+    def _seconds(self, system: Timed, index: int) -> float:
+        model, steps, sampler = system
+        source = self.rows[index % min(len(self.rows), _LATENCY_RUNS)].src
+        started = time.perf_counter()
+        model.generate(source, steps=steps, sampler=sampler, on_overflow="truncate", progress=False)
+        return time.perf_counter() - started

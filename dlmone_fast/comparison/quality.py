@@ -21,14 +21,14 @@ class Metric:
     name: str
     with_interval: bool = False
 
-    def cell(self, scores: Mapping[str, Any]) -> str | None:
+    def cell(self, scores: Mapping[str, Any], digits: int = 3) -> str | None:
         """The score and, where it is shown, half of its interval; None: it was not scored."""
         value = scores.get(self.name)
         if value is None:
             return None
         interval = scores.get("intervals", {}).get(self.name) if self.with_interval else None
-        width = f" ±{(interval[1] - interval[0]) / 2:.3f}" if interval else ""
-        return f"{value:.3f}{width}"
+        width = f" ±{(interval[1] - interval[0]) / 2:.{digits}f}" if interval else ""
+        return f"{value:.{digits}f}{width}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import pytest
 from benchmarks import frontier, records
 from benchmarks.frontier_systems import affordable, possible_calls, systems
 from benchmarks.quality_pairs import Pair
+from dlmone_fast.comparison import measure
+from dlmone_fast.comparison.quality import TEXT
 from dlmone_fast.errors import DataError, ModelFileError, UsageError
 from dlmone_fast.tasks import grammar
 from tests import tiny
@@ -107,6 +109,7 @@ def test_a_row_holds_time_scores_and_their_intervals(rows: list[records.Row]):
     assert copied.scores["source_bleu"].value > copied.scores["bleu"].value
     assert reference.scores is not None
     assert reference.scores["rouge_l"].value == pytest.approx(1)
+    assert "div_4" not in copied.scores
     assert (copied.median_ms, copied.ours, copied.rows_scored) == (None, False, 3)
 
 
@@ -144,7 +147,8 @@ def test_the_command_prints_one_line_a_system(
     # Header and ruler; ddim, ancestral, undistilled, student at 1, 2 and 4 calls, both texts.
     assert len(lines) == 2 + 8
     assert "±" in lines[2]
-    assert "measuring student, 4 calls" in err
+    assert "scoring student, 4 calls" in err
+    assert "in turns" in err
 
 
 def test_grammar_tasks_have_the_exact_score_too(tmp_path: Path, folders: Path):
@@ -180,3 +184,19 @@ def test_a_student_in_place_of_the_teacher_is_refused(folders: Path):
     arguments[1] = arguments[3]
     with pytest.raises(UsageError, match="is a student, expected a teacher"):
         frontier.main([*arguments, "--device", "cpu"])
+
+
+def test_systems_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch):
+    measuring = measure.Measuring([], TEXT, str, seed=0, batch_size=1, bootstrap=0)
+    order: list[int] = []
+
+    def seconds(system: measure.Timed, index: int) -> float:
+        order.append(system[1])
+        return {1: 0.4, 2: 1.9}[system[1]]
+
+    monkeypatch.setattr(measure, "_LATENCY_RUNS", 6)
+    monkeypatch.setattr(measuring, "_seconds", seconds)
+    model = tiny.generator()
+    assert [len(t) for t in measuring.latencies([(model, 1, None), (model, 2, None)])] == [6, 2]
+    # Two calls to see how long the short one takes, one for the long one, then turns.
+    assert order == [1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 2]
