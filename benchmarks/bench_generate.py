@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import torch
 
 from benchmarks import generate_cases as cases
 from benchmarks import generate_targets as names
+from benchmarks.generate_candidates import candidate_calls
 from benchmarks.generate_cases import Case, Model, Point
 from benchmarks.generate_lineup import Lineup
 from benchmarks.generate_ours import Own, owns
 from benchmarks.generate_peers import Peer, peers
 from benchmarks.race import Race
-from benchmarks.timing import WallClock
+from benchmarks.timing import Call, WallClock
 from benchmarks.trained import TrainedGate
 
 # Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
@@ -64,6 +66,18 @@ def test_generate_scaling_with_length(whole: Race, shape: Point, device: torch.d
     _time_point(whole, shape, device)
 
 
+@pytest.mark.shapes(cases.VOCABULARIES)
+def test_generate_scaling_with_vocabulary(whole: Race, shape: Point, device: torch.device) -> None:
+    """Time against the number of words that rounding searches."""
+    _time_point(whole, shape, device)
+
+
+@pytest.mark.shapes(cases.CANDIDATES)
+def test_generate_scaling_with_candidates(whole: Race, shape: Point, device: torch.device) -> None:
+    """Time against the candidates of one prompt, the choice of one of them included."""
+    _time_point(whole, shape, device, candidate_calls)
+
+
 @pytest.mark.shapes(cases.threads_up_to(os.cpu_count() or 1))
 def test_generate_scaling_with_threads(whole: Race, shape: Point, device: torch.device) -> None:
     """Time against the number of CPU threads."""
@@ -75,19 +89,27 @@ def test_generate_scaling_with_threads(whole: Race, shape: Point, device: torch.
         torch.set_num_threads(before)
 
 
-def _time_point(race: Race, point: Point, device: torch.device) -> None:
+def _time_point(
+    race: Race,
+    point: Point,
+    device: torch.device,
+    instead: Callable[[Own, Peer, int], tuple[Call, Call]] | None = None,
+) -> None:
     case, model = point.case, cases.model(point.case.config, device)
     found = _contenders(model, Path(), torch.get_num_threads())
     lineup = Lineup(model, case.batch)
     own = next(c for c in found if isinstance(c, Own) and lineup.add(c, parts=False))
-    plain = next(c for c in found if c.name == names.EAGER_FP32)
+    plain = next(c for c in found if isinstance(c, Peer) and c.name == names.EAGER_FP32)
     lineup.add(plain, parts=False)
     kept = [own.name, plain.name]
+    calls = {name: call for name, call in lineup.calls.items() if name in kept}
+    if instead is not None:
+        calls = dict(zip(kept, instead(own, plain, case.batch), strict=True))
     race = replace(race, seconds_each=_SCALING_SECONDS)
     race(
         f"{names.OPERATION} by {point.axis}",
         point,
-        {name: call for name, call in lineup.calls.items() if name in kept},
+        calls,
         None,
         cases.work(case, own.precision if own.precision == "fp32" else "bf16"),
         fields={name: {**lineup.fields[name], "at": point.value} for name in kept},

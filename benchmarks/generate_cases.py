@@ -9,6 +9,7 @@ is little: every prompt gets nearly the same answer.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -102,6 +103,18 @@ _LENGTHS = [Point("length", length, _of_length(length)) for length in (16, 64, 1
 LENGTHS = {"cpu": _LENGTHS, "cuda": _LENGTHS}
 
 
+_WORDS = (2_000, 8_000, VOCABULARY, 120_000)
+_VOCABULARIES = [
+    Point("vocabulary", words, Case("compact", replace(COMPACT, vocab_size=words), 1))
+    for words in _WORDS
+]
+VOCABULARIES = {"cpu": _VOCABULARIES, "cuda": _VOCABULARIES}
+
+# One prompt, so many candidates: as many rows of one network batch.
+_CANDIDATES = [Point("candidates", n, Case("compact", COMPACT, n)) for n in (1, 2, 4, 8, 16)]
+CANDIDATES = {"cpu": _CANDIDATES, "cuda": _CANDIDATES}
+
+
 def threads_up_to(cores: int) -> dict[str, list[Point]]:
     """Numbers of threads: powers of two, and all cores. A GPU has no such choice."""
     numbers = {2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores}
@@ -181,7 +194,11 @@ def tokenizer(vocab_size: int) -> Tokenizer:
     texts = (*_HEADS, *_VERBS, *_ADJECTIVES, *_NOUNS, *_PLACES, "a the or ? . ,")
     words = dict.fromkeys(word for text in texts for word in text.split())
     syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai")]
-    longer = (a + b + c for a in syllables for b in syllables for c in ("", "n", "r", "s", "lo"))
+    twos = [a + b for a in syllables for b in syllables]
+    longer = itertools.chain(
+        (a + c for a in twos for c in ("", "n", "r", "s", "lo")),
+        (a + b for a in twos for b in syllables),
+    )
     wanted = vocab_size - len(SPECIAL_TOKENS)
     for word in longer:
         if len(words) == wanted:
