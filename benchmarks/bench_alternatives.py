@@ -21,7 +21,6 @@ from benchmarks.generate_cases import BERT_BASE, COMPACT, Case
 from benchmarks.generate_lineup import Lineup
 from benchmarks.generate_ours import owns
 from benchmarks.race import Race
-from benchmarks.timing import WallClock
 from benchmarks.trained import TrainedGate
 
 OPERATION = "generate beside autoregressive models"
@@ -37,12 +36,11 @@ _OURS = {
     "cuda": {("graph", "bf16"), ("graph", "fp32"), ("eager", "fp32")},
 }
 _SECONDS_EACH = 0.6
-_SHORT_SECONDS = 0.02
 
 
 @pytest.mark.shapes(CASES)
 def test_alternatives(
-    race: Race, shape: Case, device: torch.device, full: bool, gate: TrainedGate
+    whole: Race, shape: Case, device: torch.device, full: bool, gate: TrainedGate
 ) -> None:
     """Whole calls: ours in one step, then the others in twenty."""
     model = cases.model(shape.config, device)
@@ -52,14 +50,12 @@ def test_alternatives(
             lineup.add(own, parts=False)
     with tempfile.TemporaryDirectory() as folder:
         calls, fields = line_up(Setting(model, Path(folder)), shape.batch, full)
-        whole = replace(
-            race,
-            stopwatch=WallClock(device),
+        timed = replace(
+            whole,
             seconds_each=_SECONDS_EACH,
-            short_seconds=_SHORT_SECONDS,
-            report=lambda rows: race.report([comparable(row, device) for row in rows]),
+            report=lambda rows: whole.report([comparable(row, device) for row in rows]),
         )
         work = cases.work(shape, "fp32" if device.type == "cpu" else "bf16")
         implementations = {**lineup.calls, **calls}
         known = {**lineup.fields, **fields}
-        whole(OPERATION, shape, implementations, None, work, fields=known)
+        timed(OPERATION, shape, implementations, None, work, fields=known)

@@ -22,25 +22,19 @@ from benchmarks.generate_lineup import Lineup
 from benchmarks.generate_ours import Own, owns
 from benchmarks.generate_peers import Peer, peers
 from benchmarks.race import Race
-from benchmarks.timing import Call, WallClock
+from benchmarks.timing import Call
 from benchmarks.trained import TrainedGate
 
-# Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
-_SHORT_SECONDS = 0.02
 _SCALING_SECONDS = 0.3
-
-
-@pytest.fixture
-def whole(race: Race, device: torch.device) -> Race:
-    """A race of whole calls."""
-    return replace(race, stopwatch=WallClock(device), short_seconds=_SHORT_SECONDS)
 
 
 @pytest.mark.shapes(cases.CASES)
 def test_generate(
-    whole: Race, shape: Case, device: torch.device, folder: Path, gate: TrainedGate
+    whole: Race, shape: Case, device: torch.device, folder: Path, gate: TrainedGate, full: bool
 ) -> None:
     """Every backend and peer: the call, its network alone, and the parts around the network."""
+    if shape.full and not full:
+        pytest.skip("takes a minute and a half on a CPU; give --full")
     model = cases.model(shape.config, device)
     lineup = Lineup(model, shape.batch, gate)
     for contender in _contenders(model, folder, torch.get_num_threads()):

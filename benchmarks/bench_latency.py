@@ -22,7 +22,6 @@ from benchmarks.generate_ours import Own, owns
 from benchmarks.latency_study import PUBLISHED, Published, Sampler, Study
 from benchmarks.race import Race
 from benchmarks.records import Row
-from benchmarks.timing import WallClock
 from benchmarks.trained import TrainedGate
 
 _SECONDS, _SECONDS_FULL = 5.0, 60.0
@@ -39,7 +38,7 @@ def known() -> Rows:
 
 @pytest.mark.shapes(study.CASES)
 def test_latency(
-    race: Race,
+    whole: Race,
     shape: Study,
     device: torch.device,
     full: bool,
@@ -56,7 +55,7 @@ def test_latency(
         assert wrong is None, wrong
     systems, calls, fields = _systems(model, shape.steps, gate)
     runs = replace(
-        race, stopwatch=WallClock(device), seconds_each=_SECONDS_FULL if full else _SECONDS,
+        whole, seconds_each=_SECONDS_FULL if full else _SECONDS,
         fewest_rounds=1, fewest_samples=1, most_rounds=_RUNS, memory=False,
     )  # fmt: skip
     network = cases.work(cases.Case(shape.model, shape.config, 1), "fp32")

@@ -1,6 +1,6 @@
 """Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
 
-pytest benchmarks --benchmark-only [-k kernels|generate|latency|training] [--full]
+pytest benchmarks --benchmark-only [-k kernels|generate|alternatives|latency|training] [--full]
     [--device cpu|cuda] [--save-records]
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from benchmarks import generate_targets, latency_study, records, tables, targets
 from benchmarks.floors import Machine, measure_machine
 from benchmarks.race import Race
-from benchmarks.timing import Stopwatch
+from benchmarks.timing import Stopwatch, WallClock
 from benchmarks.trained import TrainedGate
 
+# Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
+_SHORT_SECONDS = 0.02
 _ROWS = pytest.StashKey[list[records.Row]]()
 _MACHINE = pytest.StashKey[Machine]()
 _DEVICE = pytest.StashKey[torch.device]()
@@ -117,6 +120,12 @@ def race(
     # Compiled peers of earlier cases count against a limit of torch's.
     torch._dynamo.reset()
     return Race(benchmark, stopwatch, machine, report_rows)
+
+
+@pytest.fixture
+def whole(race: Race, device: torch.device) -> Race:
+    """A race of whole calls."""
+    return replace(race, stopwatch=WallClock(device), short_seconds=_SHORT_SECONDS)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

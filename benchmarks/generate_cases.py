@@ -51,11 +51,12 @@ _PLACES = ("at home", "in winter", "on monday", "online")
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `batch` prompts to a model."""
+    """One call: `batch` prompts to a model; `full`: timed under --full only, for it takes long."""
 
     model: str
     config: ModelConfig
     batch: int
+    full: bool = False
 
     def __str__(self) -> str:
         return f"{self.model}, batch {self.batch}"
@@ -78,7 +79,11 @@ def _cases(model: str, config: ModelConfig, *batches: int) -> list[Case]:
 
 
 CASES = {
-    "cpu": _cases("BERT-base", BERT_BASE, 1, 8) + _cases("compact", COMPACT, 1, 8),
+    "cpu": [
+        Case("BERT-base", BERT_BASE, 1),
+        Case("BERT-base", BERT_BASE, 8, full=True),
+        *_cases("compact", COMPACT, 1, 8),
+    ],
     "cuda": _cases("BERT-base", BERT_BASE, 1, 8, 32, 128, 512) + _cases("compact", COMPACT, 1, 8),
 }
 BATCHES = {

@@ -85,9 +85,16 @@ class Own:
             return runner.predict(x_t, t)
 
 
-@functools.lru_cache(maxsize=2)
 def owns(model: Model) -> list[Own]:
-    """Ours to try on the model's device, the one that "auto" prefers first; loaded once."""
+    """Ours to try on the model's device, the one that "auto" prefers first.
+
+    Loaded once a session for a number of threads, which engines take when they are made.
+    """
+    return _owns(model, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=3)
+def _owns(model: Model, threads: int) -> list[Own]:
     return [Own(model, *choice) for choice in _TRIED[model.device.type]]
 
 
