@@ -60,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_pair(pair: Pair, options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
+def measure_pair(
+    pair: Pair, options: argparse.Namespace, say: Callable[[str], None], timed: bool = True
+) -> list[Row]:
     """A row for each system, then the source and the reference as output.
 
     Args:
         pair: teacher and student.
         options: rows, candidates, seed, full.
         say: called with a line before each measurement.
+        timed: also measure milliseconds.
     """
     measuring = measuring_of(pair, options)
     measured = list(systems(pair, options.full))
@@ -74,12 +77,17 @@ def measure_pair(pair: Pair, options: argparse.Namespace, say: Callable[[str], N
     for system in measured:
         say(f"scoring {system.name}, {system.calls} calls")
         scored.append(_scored(measuring, system, options))
-    say("timing all of them in turns")
-    seconds = measuring.latencies([(s.model, s.calls, s.sampler) for s in measured])
     rows = [
-        replace(_row(pair, system), **scores, **statistics_of(times))
-        for system, scores, times in zip(measured, scored, seconds, strict=True)
+        replace(_row(pair, system), **scores)
+        for system, scores in zip(measured, scored, strict=True)
     ]
+    if timed:
+        say("timing all of them in turns")
+        seconds = measuring.latencies([(s.model, s.calls, s.sampler) for s in measured])
+        rows = [
+            replace(row, warmup=1, **statistics_of(times))
+            for row, times in zip(rows, seconds, strict=True)
+        ]
     for name, texts in (
         ("copy of the source", measuring.sources), ("reference", measuring.references)
     ):  # fmt: skip
@@ -134,6 +142,14 @@ def table(rows: list[Row], with_joint: bool) -> Table:
     return found
 
 
+def scoring_note(pair: Pair, options: argparse.Namespace) -> str:
+    """How the texts were made and scored."""
+    return (
+        f"{pair.task}: {options.candidates} texts a source, seed {options.seed}; n: texts; ± half "
+        "of the 95 % bootstrap interval over sources"
+    )
+
+
 def check_counts(options: argparse.Namespace) -> None:
     """Refuse numbers of rows and candidates, and seeds, that nothing can be measured with."""
     for name, low, high in (
@@ -181,7 +197,6 @@ def _row(pair: Pair, system: System) -> Row:
         note=system.note,
         shape=f"1×{model.seq_len}×{model.embedding_dim}",
         dtype=system.model.precision,
-        warmup=1,
     )
 
 
@@ -198,9 +213,8 @@ def _joint_and_text_scores(
 
 def _heading(pair: Pair, options: argparse.Namespace) -> str:
     return (
-        f"{pair.task}: {options.candidates} texts a source, seed {options.seed}; ± half of the "
-        f"95 % bootstrap interval over sources. ms/sample: median of whole calls, text in to text "
-        f"out, batch 1, {pair.implementation.removeprefix('dlmone_fast ')}, "
+        f"{scoring_note(pair, options)}. ms/sample: median of whole calls, text in to text out, "
+        f"batch 1, {pair.implementation.removeprefix('dlmone_fast ')}, "
         f"{records.device_name(pair.student.device)}, torch {torch.__version__}."
     )
 

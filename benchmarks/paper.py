@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import paper_figures, paper_plots, paper_stage3, paper_tables
 from benchmarks.frontier import check_counts
 from benchmarks.paper_figures import Figure, Say
-from benchmarks.paper_lines import NOT_HERE, NOTHING_NAMED, bertscore_note, measured_note, named
+from benchmarks.paper_lines import NOT_HERE, NOTHING_NAMED, named
 from benchmarks.quality_pairs import Pair, add_pair_options, open_pair
 from dlmone_fast.cli import run_command
 from dlmone_fast.errors import UsageError
@@ -70,7 +70,7 @@ def _figure_text(options: argparse.Namespace) -> str:
         figure = measure(open_pair(options), options, lambda line: print(line, file=sys.stderr))
     except NOT_HERE as error:
         return "\n\n".join([*parts, f"ours: not run: {error}"])
-    parts += [figure.table().markdown(), f"{measured_note(options)}\n{bertscore_note(options)}"]
+    parts += [figure.table().markdown(), figure.note]
     if options.plot:
         paper_plots.draw(figure, options.plot)
         parts.append(f"plot: {options.plot}")

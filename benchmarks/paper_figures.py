@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.frontier import TEXT_METRICS, measure_pair
-from benchmarks.paper_lines import BOOTSTRAP, METRICS, evaluate, teacher_sampling
+from benchmarks.frontier import TEXT_METRICS, measure_pair, scoring_note
+from benchmarks.paper_lines import BOOTSTRAP, METRICS, evaluate, measured_note, teacher_sampling
 from benchmarks.quality_pairs import Pair
 from benchmarks.records import Score
 from dlmone_fast.comparison.quality import Metric
@@ -53,6 +53,7 @@ class Figure:
         logarithmic: whether it spans magnitudes.
         copied: the scores of the source as output, which ask for no model.
         published: points that the paper's tables state.
+        note: how it was measured.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Figure:
     copied: Mapping[str, Score]
     logarithmic: bool = False
     published: list[Point] = field(default_factory=list)
+    note: str = ""
 
     def table(self) -> Table:
         """A line for each point, then copying the source."""
@@ -94,20 +96,23 @@ def figure_2(pair: Pair, options: argparse.Namespace, say: Say) -> Figure:
         copied = copied or copy_scores(texts, options)
     title = f"{pair.task}: choice among candidates"
     published = published_points(paper.FIGURE_2, pair.task, "candidates")
-    return Figure(title, "MBR candidates", SENTENCE_METRICS, points, copied, published=published)
+    note = measured_note(options, CANDIDATES)
+    axis = "MBR candidates"
+    return Figure(title, axis, SENTENCE_METRICS, points, copied, False, published, note)
 
 
 def figure_3(pair: Pair, options: argparse.Namespace, say: Say) -> Figure:
     """Quality against network calls: the frontier's measurements."""
     pair.check_vocabulary()
-    rows = measure_pair(pair, options, say)
+    rows = measure_pair(pair, options, say, timed=False)
     points = [
         Point(row.case, row.at, row.scores or {}, row.rows_scored) for row in rows if row.at
     ]  # fmt: skip
     copied = next(row.scores or {} for row in rows if row.case == "copy of the source")
     title = f"{pair.task}: quality against network calls"
     published = published_points(paper.TABLE_1 + paper.TABLE_4[1:], pair.task, "nfe")
-    return Figure(title, "NFE", PLOTTED_OF_FRONTIER, points, copied, True, published)
+    note = scoring_note(pair, options)
+    return Figure(title, "NFE", PLOTTED_OF_FRONTIER, points, copied, True, published, note)
 
 
 def published_points(rows: tuple[paper.PaperRow, ...], task: str, abscissa: str) -> list[Point]:

@@ -127,19 +127,18 @@ def teacher_sampling(pair: Pair, options: argparse.Namespace) -> tuple[int, str]
     return options.teacher_calls or total, options.teacher_sampler
 
 
-def bertscore_note(options: argparse.Namespace) -> str:
-    """Why there is no BERTScore, or of which model it is."""
+def _bertscore_note(options: argparse.Namespace) -> str:
     if options.bertscore_model is None:
         return "BERTScore: not run: no local model given (--bertscore-model DIR)"
     return f"BERTScore: of {options.bertscore_model}"
 
 
-def measured_note(options: argparse.Namespace) -> str:
-    """How our lines were made."""
+def measured_note(options: argparse.Namespace, candidates: int) -> str:
+    """How our lines were made, and what there is of BERTScore."""
     return (
-        f"ours: DiffuSeq's joint truncation, decoding and metrics; {options.candidates} texts a "
-        f"source unless said otherwise, seed {options.seed}; n: sources; ± half of the 95 % "
-        "bootstrap interval over sources"
+        f"ours: DiffuSeq's joint truncation, decoding and metrics; {candidates} texts a source, "
+        f"seed {options.seed}; n: sources, fewer for long samplers unless --full; ± half of the "
+        f"95 % bootstrap interval over sources\n{_bertscore_note(options)}"
     )
 
 

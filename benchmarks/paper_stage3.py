@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper_figures import SENTENCE_METRICS, Figure, Point, Say, sentence_scores
-from benchmarks.paper_lines import evaluate, require
+from benchmarks.paper_lines import evaluate, measured_note, require
 from benchmarks.quality_pairs import Pair, model_of, run_config
 from benchmarks.records import Score
 from dlmone_fast.errors import ModelFileError, UsageError
@@ -27,7 +27,7 @@ from dlmone_fast.models.folder import load_folder
 from dlmone_fast.runtime import Generator
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
-from dlmone_fast.training.workspace import Workspace
+from dlmone_fast.training.workspace import Workspace, writing
 
 _POINTS = 10
 _STAGE = 3
@@ -50,7 +50,8 @@ def figure_4(pair: Pair, options: argparse.Namespace, say: Say) -> Figure:
             points.append(Point(f"θ, stage {_STAGE}", step, sentence_scores(result), n))
             copied = sentence_scores(result["baselines"]["copy"])
     title = f"{pair.task}: a third stage"
-    return Figure(title, "training step", SENTENCE_METRICS, points, copied)
+    note = measured_note(options, options.candidates)
+    return Figure(title, "training step", SENTENCE_METRICS, points, copied, note=note)
 
 
 def third_stage(
@@ -116,7 +117,8 @@ def _check_output(run: Path, output: Path | None) -> None:
 @contextmanager
 def _folder(output: Path | None) -> Iterator[Path]:
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
         yield output
         return
     with tempfile.TemporaryDirectory() as folder:

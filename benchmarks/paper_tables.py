@@ -12,7 +12,6 @@ from benchmarks import records
 from benchmarks.paper_lines import (
     NOTHING_NAMED,
     Lines,
-    bertscore_note,
     evaluate,
     measured_note,
     named,
@@ -151,7 +150,7 @@ def _of_systems(
         if results:
             lines.baselines(pair.task, results[-1])
 
-    return _finished(lines, options, measure)
+    return _finished(lines, options, measure, mbr)
 
 
 def _chosen(result: dict[str, Any]) -> dict[str, Any]:
@@ -174,14 +173,13 @@ def _with_published(rows: tuple[paper.PaperRow, ...]) -> Lines:
 
 
 def _finished(
-    lines: Lines, options: argparse.Namespace, measure: Callable[[], None]
-) -> str:  # fmt: skip
+    lines: Lines, options: argparse.Namespace, measure: Callable[[], None], candidates: int = 0
+) -> str:
     if named(options):
         before = len(lines.table.rows)
         lines.attempt("ours", measure)
         if len(lines.table.rows) > before:
-            lines.note(measured_note(options))
-            lines.note(bertscore_note(options))
+            lines.note(measured_note(options, candidates or options.candidates))
     else:
         lines.note(f"ours: not run: {NOTHING_NAMED}")
     return lines.text()
