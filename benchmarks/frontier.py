@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,10 +220,9 @@ def _heading(pair: Pair, options: argparse.Namespace) -> str:
     )
 
 
-def _save(device: torch.device, rows: list[Row]) -> str:
+def _save(device: torch.device, rows: list[Row]) -> Path:
     machine = measure_machine(device, records.device_name(device), Stopwatch(device))
-    path = records.save(records.record(device, machine.record(), rows, []))
-    return str(path.relative_to(records.ROOT))
+    return records.save(records.record(device, machine.record(), rows, []))
 
 
 def _number(value: float) -> str:

@@ -15,7 +15,7 @@ STUDENT_CALLS = (1, 2, 4)
 
 # Row-calls of the network that one row of the table may spend on quality: long samplers get fewer
 # sources, and at least so many texts.
-_ROW_CALLS, _FULL_ROW_CALLS = 10_240, 81_920
+_ROW_CALLS, _FULL_ROW_CALLS = 7_680, 81_920
 _FEWEST_TEXTS = 24
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.frontier import TEXT_METRICS, measure_pair, scoring_note
+from benchmarks.frontier import JOINT, TEXT_METRICS, measure_pair, scoring_note
 from benchmarks.paper_lines import BOOTSTRAP, METRICS, evaluate, measured_note, teacher_sampling
 from benchmarks.quality_pairs import Pair
 from benchmarks.records import Score
@@ -112,7 +112,8 @@ def figure_3(pair: Pair, options: argparse.Namespace, say: Say) -> Figure:
     title = f"{pair.task}: quality against network calls"
     published = published_points(paper.TABLE_1 + paper.TABLE_4[1:], pair.task, "nfe")
     note = scoring_note(pair, options)
-    return Figure(title, "NFE", PLOTTED_OF_FRONTIER, points, copied, True, published, note)
+    metrics = (*PLOTTED_OF_FRONTIER, *([JOINT] if pair.is_grammar else []))
+    return Figure(title, "NFE", metrics, points, copied, True, published, note)
 
 
 def published_points(rows: tuple[paper.PaperRow, ...], task: str, abscissa: str) -> list[Point]:

@@ -80,7 +80,7 @@ def _panel(axis: Any, figure: Figure, metric: Metric, systems: list[str]) -> Non
 def _dodged(xs: list[float], place: float, figure: Figure) -> list[float]:
     """Abscissae moved aside a little, so that the intervals of several curves do not overlap."""
     if figure.logarithmic:
-        return [x * 1.025**place for x in xs]
+        return [x * 1.05**place for x in xs]
     span = max(p.x for p in figure.points) - min(p.x for p in figure.points)
     return [x + 0.012 * place * span for x in xs]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import frontier, records
+from benchmarks import frontier, records, report
+from benchmarks.floors import Machine
 from benchmarks.frontier_systems import affordable, possible_calls, systems
 from benchmarks.quality_pairs import Pair
 from dlmone_fast.comparison import measure
@@ -149,6 +150,25 @@ def test_the_command_prints_one_line_a_system(
     assert "±" in lines[2]
     assert "scoring student, 4 calls" in err
     assert "in turns" in err
+
+
+def test_the_command_saves_a_record_that_the_report_reads(
+    folders: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    save = records.save
+    monkeypatch.setattr(records, "save", lambda record: save(record, tmp_path))
+    machine = Machine(1e10, 1e10, 1e12, 2e12, "made up")
+    monkeypatch.setattr(frontier, "measure_machine", lambda *_: machine)
+    monkeypatch.setattr("benchmarks.frontier_systems.SAMPLERS", ())
+    assert frontier.main([*named(folders), "--rows=2", "--device=cpu", "--save-records"]) == 0
+    path = next(tmp_path.rglob("*.json"))
+    assert str(path) in capsys.readouterr().err
+    record = json.loads(path.read_text())
+    assert len(records.rows_of(record)) == 7
+    assert "quality: words, student" in report.markdown(record)
 
 
 def test_grammar_tasks_have_the_exact_score_too(tmp_path: Path, folders: Path):
