@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import paper_figures, paper_plots, paper_stage3, paper_tables
+from benchmarks import paper_figures, paper_stage3, paper_tables, quality_plots
 from benchmarks.frontier import check_counts
 from benchmarks.paper_figures import Figure, Say
 from benchmarks.paper_lines import NOT_HERE, NOTHING_NAMED, named
@@ -72,7 +72,7 @@ def _figure_text(options: argparse.Namespace) -> str:
         return "\n\n".join([*parts, f"ours: not run: {error}"])
     parts += [figure.table().markdown(), figure.note]
     if options.plot:
-        paper_plots.draw(figure, options.plot)
+        quality_plots.draw(figure, options.plot)
         parts.append(f"plot: {options.plot}")
     return "\n\n".join(parts)
 
@@ -100,7 +100,7 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     if options.plot:
-        paper_plots.check(options.plot)
+        quality_plots.check(options.plot)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 from benchmarks import latency_study as study
+from benchmarks import paper_figures
+from benchmarks.frontier import JOINT, TEXT_METRICS
+from benchmarks.quality_plots import panel
 from benchmarks.records import Row
 from dlmone_fast.tasks.paper import PAPER, TABLE_2
 
@@ -91,61 +93,37 @@ def _latency_panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.legend(fontsize=7)
 
 
-_MEASURES = {
-    "joint": "joint (exact)", "ibleu": "iBLEU", "bleu": "BLEU", "rouge_l": "ROUGE-L",
-    "div_4": "Div-4",
-}  # fmt: skip
-_BASELINES = {"copy of the source": "--", "reference": ":"}
-
-
 @_figure
 def frontier(rows: Sequence[Row]) -> Figure | None:
-    """Quality against network calls and against milliseconds, a line of panels a measure."""
+    """Quality against network calls and against milliseconds, a line of panels a metric."""
     found = [r for r in rows if r.operation.startswith("quality: ") and r.scores]
     if not found:
         return None
-    known = {name for r in found for name in (r.scores or {})}
-    measures = [name for name in _MEASURES if name in known]
-    figure, axes = _panels(2 * len(measures), 2)
-    for i, name in enumerate(measures):
-        quality_panel(axes[2 * i], found, name, lambda r: r.at)
-        quality_panel(axes[2 * i + 1], found, name, lambda r: r.median_ms)
-        axes[2 * i].set_xlabel("network calls per sample")
-        axes[2 * i + 1].set_xlabel("ms per sample, median, batch 1")
-    axes[0].legend(fontsize=7)
+    over_calls = _curves(found, "network calls per sample", lambda r: r.at)
+    over_time = _curves(found, "ms per sample (median, batch 1)", lambda r: r.median_ms)
+    systems = list(dict.fromkeys(point.system for point in over_calls.points))
+    figure, axes = _panels(2 * len(over_calls.metrics), 2)
+    for i, metric in enumerate(over_calls.metrics):
+        panel(axes[2 * i], over_calls, metric, systems)
+        panel(axes[2 * i + 1], over_time, metric, systems)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(found[0].operation.removeprefix("quality: "))
     return figure
 
 
-def quality_panel(
-    axis: Axes, rows: Sequence[Row], measure: str, abscissa: Callable[[Row], float | None]
-) -> None:
-    """One measure of every system on a log axis, with intervals; baselines as horizontal lines."""
-    for system in dict.fromkeys(r.case for r in rows):
-        points = [(abscissa(r), r.scores[measure]) for r in rows
-                  if r.case == system and r.scores and measure in r.scores]  # fmt: skip
-        if system in _BASELINES:
-            axis.axhline(points[0][1].value, ls=_BASELINES[system], color="0.4", lw=1, label=system)
-            continue
-        placed = sorted(((x, s) for x, s in points if x), key=lambda point: point[0])
-        if not placed:
-            continue
-        values = [s.value for _, s in placed]
-        errors = [
-            [max(0.0, s.value - s.low) if s.low is not None else 0.0 for _, s in placed],
-            [max(0.0, s.high - s.value) if s.high is not None else 0.0 for _, s in placed],
-        ]
-        style: dict[str, Any] = {
-            "marker": "o",
-            "ms": 3.5,
-            "lw": 1.1,
-            "capsize": 2,
-            "elinewidth": 0.8,
-        }
-        if "teacher" not in system:
-            style |= {"marker": "*", "ms": 8}
-        axis.errorbar([x for x, _ in placed], values, yerr=errors, label=system, **style)
-    axis.set(xscale="log", ylabel=_MEASURES.get(measure, measure))
+def _curves(
+    rows: Sequence[Row], axis: str, abscissa: Callable[[Row], float | None]
+) -> paper_figures.Figure:
+    points = [
+        paper_figures.Point(r.case, x, r.scores or {}, r.rows_scored)
+        for r in rows
+        if (x := abscissa(r)) is not None
+    ]
+    copied = next((r.scores or {} for r in rows if r.case == "copy of the source"), {})
+    known = {name for point in points for name in point.scores}
+    metrics = tuple(metric for metric in (JOINT, *TEXT_METRICS) if metric.name in known)
+    return paper_figures.Figure("", axis, metrics, points, copied, logarithmic=True)
 
 
 @_figure

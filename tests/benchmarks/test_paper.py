@@ -18,9 +18,9 @@ from benchmarks import (
     frontier,
     paper,
     paper_figures,
-    paper_plots,
     paper_stage3,
     paper_tables,
+    quality_plots,
     records,
 )
 from benchmarks.paper_figures import Figure, Point
@@ -276,7 +276,7 @@ def figure() -> Figure:
 
 def test_a_figure_is_drawn(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    paper_plots.draw(figure(), tmp_path / "figure.png")
+    quality_plots.draw(figure(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -294,7 +294,7 @@ def test_without_matplotlib_the_command_says_what_to_do(monkeypatch: pytest.Monk
 
 
 def test_matplotlib_is_loaded_by_plots_only():
-    spec = importlib.util.find_spec("benchmarks.paper_plots")
+    spec = importlib.util.find_spec("benchmarks.quality_plots")
     assert spec is not None
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")

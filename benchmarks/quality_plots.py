@@ -44,7 +44,7 @@ def draw(figure: Figure, path: Path) -> None:
         for axis in axes.flat[len(metrics) :]:
             axis.set_visible(False)
         for axis, metric in zip(axes.flat, metrics, strict=False):
-            _panel(axis, figure, metric, systems)
+            panel(axis, figure, metric, systems)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside lower center", ncols=2 * columns, fontsize=8)
         drawing.suptitle(figure.title, fontsize=11)
@@ -53,7 +53,8 @@ def draw(figure: Figure, path: Path) -> None:
         pyplot.close(drawing)
 
 
-def _panel(axis: Any, figure: Figure, metric: Metric, systems: list[str]) -> None:
+def panel(axis: Any, figure: Figure, metric: Metric, systems: list[str]) -> None:
+    """One metric of every system with its intervals; copying the source as a line."""
     for index, system in enumerate(systems):
         found = [p for p in [*figure.published, *figure.points] if p.system == system]
         points = sorted((p for p in found if metric.name in p.scores), key=lambda p: p.x)
@@ -72,7 +73,7 @@ def _panel(axis: Any, figure: Figure, metric: Metric, systems: list[str]) -> Non
         ticks = sorted({p.x for p in figure.points})
         axis.set_xticks(_apart(ticks), [f"{x:g}" for x in _apart(ticks)])
         axis.minorticks_off()
-    axis.set_xlabel("network calls (NFE), logarithmic" if figure.logarithmic else figure.axis)
+    axis.set_xlabel(f"{figure.axis}, logarithmic" if figure.logarithmic else figure.axis)
     axis.set_ylabel(metric.title)
     axis.grid(alpha=0.25, linewidth=0.6)
 
