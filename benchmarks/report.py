@@ -1,8 +1,8 @@
 """Reports of benchmark records: Markdown tables and pictures, `python -m benchmarks.report`.
 
 For every device under benchmarks/results/, the newest figures of each operation become a page and
-its pictures in docs/benchmarks/. A record that came from a dirty tree or from other sources than
-this checkout's is marked. With records as arguments, prints them.
+its pictures in docs/benchmarks/, beside an index of the pages. A record that came from a dirty tree
+or from other sources than this checkout's is marked. With records as arguments, prints them.
 """
 
 from __future__ import annotations
@@ -180,7 +180,34 @@ def write(folder: Path = PAGES) -> list[Path]:
         path = folder / f"{device.name}.md"
         path.write_text(page(device, pictures), encoding="utf-8")
         written.append(path)
-    return written
+    index = folder / "README.md"
+    index.write_text(_index(written), encoding="utf-8")
+    return [index, *written]
+
+
+def _index(pages: Sequence[Path]) -> str:
+    links = "\n".join(f"- [{_title(path)}]({path.name})" for path in pages)
+    return f"{_INDEX}\n{links}\n"
+
+
+def _title(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("# Benchmarks: ")
+
+
+_INDEX = """\
+# Benchmarks
+
+    make bench                # all that takes seconds, then these pages; BENCH=--full: the rest
+    python -m benchmarks.frontier --run runs/demo --save-records    # quality of a trained pair
+    python -m benchmarks.report                                     # these pages from the records
+    python -m benchmarks.paper --table 1 --run runs/qqp             # the paper's tables and figures
+    python -m benchmarks.gpu_session kernels                        # on a machine with a GPU
+
+A result is checked before its time is taken: fp32 must give the ids of fp32 in PyTorch but for near
+ties, and a lower precision the tokens of fp32 on a trained student (bf16 99.5 %, int8 98 %). Peers
+are named with what is missing where they cannot run. Machines:
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

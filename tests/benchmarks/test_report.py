@@ -67,6 +67,18 @@ def test_a_page_has_every_section_and_its_picture(tmp_path: Path, monkeypatch: A
     assert "80.0" in text
 
 
+def test_the_index_links_every_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results").mkdir()
+    records.save(record([Row(*BUSY, "dlmone_fast cpp", True, 3.0)], "2026-01-01"),
+                 tmp_path / "results")  # fmt: skip
+    found = report.devices(tmp_path / "results")
+    monkeypatch.setattr(report, "devices", lambda: found)
+    monkeypatch.setattr(report, "PAGES", tmp_path)
+    index, page = report.write(tmp_path)
+    assert f"[{records.device_name(CPU)}]({page.name})" in index.read_text()
+
+
 def test_the_newest_record_of_each_operation_counts(tmp_path: Path):
     old = [Row(*BUSY, "dlmone_fast cpp", True, 9.0), Row("noise", "1", "dlmone_fast", True, 7.0)]
     for rows, date in (
