@@ -117,7 +117,8 @@ _INTRODUCTION = """\
 Written by `python -m benchmarks.report` from the records under `benchmarks/results/`; nothing here
 is typed by hand. Implementations of a case ran in turns in one process, after their results had
 been checked; "× our time" is relative to the first of ours, which is what `auto` takes. "Of floor"
-is the least time that the bytes or products need on this machine over the median."""
+is the least time that the bytes or products need on this machine over the median; on a CPU it is
+reckoned in fp32, so that int8 may be faster."""
 
 
 def _latency(device: Device) -> str:
