@@ -51,12 +51,12 @@ def _students(found: dict[str, Row]) -> str:
     base = found.get(study.named(study.PUBLISHED, study.STEPS[-1]))
     columns = ["one step", "mean ms", "p50 ms", "p99 ms", "runs", "trained model's tokens",
                f"× {study.PUBLISHED}, {study.STEPS[-1]} steps"]  # fmt: skip
-    table = Table(columns)
+    table, absent = Table(columns), list[str]()
     for name, row in found.items():
         if row.at != 1:
             continue
         if row.mean_ms is None:
-            table.add(_split(name)[0], row.note, *[None] * 5)
+            absent.append(f"- {_split(name)[0]}: {row.note}")
             continue
         speed = f"{base.mean_ms / row.mean_ms:,.0f}×" if base and base.mean_ms else None
         agreed = number(row.trained_agreement, ".2%")
@@ -64,7 +64,7 @@ def _students(found: dict[str, Row]) -> str:
             _split(name)[0], f"{row.mean_ms:.2f}", number(row.median_ms, ".2f"),
             number(row.p99_ms, ".2f"), row.samples, agreed, speed,
         )  # fmt: skip
-    return table.markdown()
+    return "\n\n".join(filter(None, [table.markdown(), "\n".join(absent)]))
 
 
 def decomposition(rows: Sequence[Row], case: str) -> str:

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 _DPI = 140
 _WIDTH, _HEIGHT = 5.2, 3.8
@@ -68,12 +69,20 @@ def latency(rows: Sequence[Row]) -> Figure | None:
         found = [r for r in rows if r.operation == study.OPERATION and r.case == case and r.mean_ms]
         _latency_panel(axis, found)
         axis.set_title(case)
+    _legend_below(figure, axes[0])
     return figure
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    """One legend for panels of the same systems, where it covers nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
 
 
 def _latency_panel(axis: Axes, rows: Sequence[Row]) -> None:
     systems = list(dict.fromkeys(r.implementation.rpartition(", ")[0] for r in rows))
-    axis.plot(list(TABLE_2), list(TABLE_2.values()), "s:", color="0.6", ms=3, label=PAPER)
+    label = f"{PAPER} (RTX A5000)"
+    axis.plot(list(TABLE_2), list(TABLE_2.values()), "s:", color="0.6", ms=3, label=label)
     for system in systems:
         own = sorted((r.at or 0, (r.mean_ms or 0) / 1e3, bool(r.derived)) for r in rows
                      if r.implementation.rpartition(", ")[0] == system)  # fmt: skip
@@ -90,7 +99,10 @@ def _latency_panel(axis: Axes, rows: Sequence[Row]) -> None:
         axis.plot([], [], "x", color="0.3", label="derived from fewer calls")
     axis.set(xscale="log", yscale="log", xlabel="network calls per sample",
              ylabel="seconds per sample, mean")  # fmt: skip
-    axis.legend(fontsize=7)
+    shown = [steps for steps in TABLE_2 if steps != 1000]
+    axis.set_xticks(shown, [str(steps) for steps in shown])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 @_figure
@@ -106,8 +118,7 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
     for i, metric in enumerate(over_calls.metrics):
         panel(axes[2 * i], over_calls, metric, systems)
         panel(axes[2 * i + 1], over_time, metric, systems)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    _legend_below(figure, axes[0])
     figure.suptitle(found[0].operation.removeprefix("quality: "))
     return figure
 
@@ -145,6 +156,8 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
                  ylabel="ms per call, median")  # fmt: skip
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(fontsize=7)
     return figure
 
@@ -160,10 +173,10 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     for place, key in enumerate(cases):
         found = [r for r in timed if (r.operation, r.case) == key]
         for offset, colour, ours in ((-0.19, "C0", True), (0.19, "0.65", False)):
-            group = [r for r in found if r.ours == ours]
+            # The first of ours is what "auto" takes; peers are those of its precision.
+            group = [r for r in found if r.ours == ours and r.dtype == found[0].dtype]
             if not group:
                 continue
-            # The first of ours is what "auto" takes.
             best = group[0] if ours else max(group, key=lambda r: r.fraction_of_floor or 0)
             share = 100 * (best.fraction_of_floor or 0)
             axis.barh(place + offset, share, height=0.36, color=colour)
