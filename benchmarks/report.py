@@ -1,6 +1,6 @@
 """Reports of benchmark records: Markdown tables and pictures, `python -m benchmarks.report`.
 
-For every device under benchmarks/results/, the newest figures of each operation become a page and
+For every device under benchmarks/results/, the newest figures of each case become a page and
 its pictures in docs/benchmarks/, beside an index of the pages. A record that came from a dirty tree
 or from other sources than this checkout's is marked. With records as arguments, prints them.
 """
@@ -37,7 +37,7 @@ class Device:
 
     Attributes:
         name: of the folder of its records.
-        rows: of each operation, those of the newest record that has it.
+        rows: of each operation and case, those of the newest record that has it.
         used: the records that rows came from, newest first.
     """
 
@@ -80,13 +80,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _newest(name: str, found: Sequence[dict[str, Any]]) -> Device:
-    device, seen = Device(name), set[str]()
+    device, seen = Device(name), set[tuple[str, str]]()
     for record in found:
-        rows = [row for row in rows_of(record) if row.operation not in seen]
+        rows = [row for row in rows_of(record) if (row.operation, row.case) not in seen]
         if rows:
             device.rows += rows
             device.used.append(record)
-            seen |= {row.operation for row in rows}
+            seen |= {(row.operation, row.case) for row in rows}
     return device
 
 

@@ -79,7 +79,7 @@ def test_the_index_links_every_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert f"[{records.device_name(CPU)}]({page.name})" in index.read_text()
 
 
-def test_the_newest_record_of_each_operation_counts(tmp_path: Path):
+def test_the_newest_record_of_each_case_counts(tmp_path: Path):
     old = [Row(*BUSY, "dlmone_fast cpp", True, 9.0), Row("noise", "1", "dlmone_fast", True, 7.0)]
     for rows, date in (
         (old, "2026-01-01"),
