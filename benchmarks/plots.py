@@ -105,6 +105,10 @@ def _latency_panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
 
 
+# The tables have the others too.
+_DRAWN = ("joint", "bleu", "ibleu", "div_4")
+
+
 @_figure
 def frontier(rows: Sequence[Row]) -> Figure | None:
     """Quality against network calls and against milliseconds, a line of panels a metric."""
@@ -133,7 +137,8 @@ def _curves(
     ]
     copied = next((r.scores or {} for r in rows if r.case == "copy of the source"), {})
     known = {name for point in points for name in point.scores}
-    metrics = tuple(metric for metric in (JOINT, *TEXT_METRICS) if metric.name in known)
+    drawn = (metric for metric in (JOINT, *TEXT_METRICS) if metric.name in _DRAWN)
+    metrics = tuple(metric for metric in drawn if metric.name in known)
     return paper_figures.Figure("", axis, metrics, points, copied, logarithmic=True)
 
 
