@@ -2,10 +2,16 @@
 
 from dlmone_fast.diffusion.decodability import critical_log_snr, timestep_at
 from dlmone_fast.diffusion.schedule import Draw, Schedule, column
-from dlmone_fast.diffusion.timesteps import LossAwareTimesteps, TimestepSampler, UniformTimesteps
+from dlmone_fast.diffusion.timesteps import (
+    LogSnrTimesteps,
+    LossAwareTimesteps,
+    TimestepSampler,
+    UniformTimesteps,
+)
 
 __all__ = [
     "Draw",
+    "LogSnrTimesteps",
     "LossAwareTimesteps",
     "Schedule",
     "TimestepSampler",
