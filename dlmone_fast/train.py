@@ -104,7 +104,7 @@ def _base(args: list[str]) -> Config:
 def _value(args: list[str], flag: str) -> str:
     value = ""
     # As for every other flag the last one counts.
-    for here, following in zip(args, [*args[1:], ""], strict=True):
+    for here, following in zip(["", *args], [*args, ""], strict=True):
         if here == flag:
             value = following
         elif here.startswith(f"{flag}="):
