@@ -79,22 +79,19 @@ def test_both_directions_lay_out_every_row_twice(cache: TokenCache) -> None:
     assert sorted(stream.batch_rows(0)) == list(range(2 * ROWS))
 
 
-def test_a_dropped_source_leaves_its_frame(cache: TokenCache) -> None:
-    ids, mask = batch(cache, list(range(12)), 40, TOKENIZER)
-    found = without_sources(ids, mask, torch.tensor([2, 7]), TOKENIZER.pad_id)
+@pytest.mark.parametrize("seq_len", [24, 80])
+def test_a_dropped_source_is_laid_out_as_padding(cache: TokenCache, seq_len: int) -> None:
+    ids, mask = batch(cache, list(range(12)), seq_len, TOKENIZER)
+    sep, pad, cls = TOKENIZER.sep_id, TOKENIZER.pad_id, TOKENIZER.cls_id
+    found = without_sources(ids, mask, torch.tensor([2, 7, 8]), pad)
     for row in range(12):
-        if row not in (2, 7):
-            assert torch.equal(found[row], ids[row])
-            continue
         source, target = cache.pair(row)
-        inner = [TOKENIZER.pad_id] * (len(source) - 2)
-        frame = [TOKENIZER.cls_id, *inner, TOKENIZER.sep_id, TOKENIZER.sep_id]
-        kept = len(frame)
-        assert found[row, :kept].tolist() == frame
-        assert mask[row].tolist() == [0] * kept + [1] * (40 - kept)
-        assert torch.equal(found[row, kept:], ids[row, kept:])
-        assert target[0] == TOKENIZER.cls_id == found[row, kept]
-    assert torch.equal(without_sources(ids, mask, torch.tensor([], dtype=torch.int64), 0), ids)
+        if row in (2, 7, 8):
+            source = [cls, *[pad] * (len(source) - 2), sep]
+        expected, _ = layout(source, target, seq_len, sep_id=sep, pad_id=pad, cls_id=cls)
+        assert found[row].tolist() == expected
+    nothing = torch.tensor([], dtype=torch.int64)
+    assert torch.equal(without_sources(ids, mask, nothing, pad), ids)
 
 
 def test_rows_may_come_as_any_kind_of_integers(cache: TokenCache) -> None:
