@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -43,6 +44,7 @@ class Arguments:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
+    started = time.monotonic()
     arguments = _arguments(sys.argv[1:] if args is None else args)
     config = from_dict(to_dict(arguments.settings))
     teacher = arguments.teacher_folder
@@ -54,8 +56,9 @@ def main(args: list[str] | None = None) -> None:
     from dlmone_fast.comparison import compare_run
     from dlmone_fast.training import run
 
-    result = run(config, arguments.phase, teacher, arguments.resume)
+    result = run(config, arguments.phase, teacher, arguments.resume, started)
     if arguments.phase in ("all", "stage2") and result.student is not None:
+        result.workspace.limit.check("the comparison")
         print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))
 
 
@@ -101,7 +104,7 @@ def _base(args: list[str]) -> Config:
 def _value(args: list[str], flag: str) -> str:
     value = ""
     # As for every other flag the last one counts.
-    for here, following in zip(args, [*args[1:], ""], strict=True):
+    for here, following in zip(["", *args], [*args, ""], strict=True):
         if here == flag:
             value = following
         elif here.startswith(f"{flag}="):

@@ -97,6 +97,8 @@ class ModelConfig(Section):
     """Scale every embedding row to norm sqrt(d) before dividing by noise_scale."""
     noise_scale: float = 1.0
     """Noise-scale factor F: embeddings are divided by F, so unit noise weighs F times more."""
+    self_conditioning: bool = False
+    """A teacher also reads its own last prediction of x_0, through a projection of its own."""
 
     def check(self) -> None:
         _within(self, 8, 4096, "seq_len")
@@ -154,6 +156,8 @@ class DataConfig(Section):
     """Longest source in tokens with [CLS] and [SEP] at inference; 0: half of seq_len."""
     train_rows: int = 60_000
     """Rows of the generated grammar tasks' training split."""
+    both_directions: bool = False
+    """Train on every row twice, the second time with source and target exchanged."""
 
     def check(self) -> None:
         tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "custom")
@@ -182,8 +186,17 @@ class TeacherConfig(Section):
     clip_norm: float = 0.0
     """Largest gradient norm; 0: no clipping."""
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    """Let the average follow faster at first: decay min(ema_decay, (1 + k) / (10 + k)), step k."""
     timestep_sampler: str = "loss-aware"
-    """How t is drawn: uniform, or loss-aware (DiffuSeq's importance sampler)."""
+    """How t is drawn: uniform, loss-aware (DiffuSeq's importance sampler), or log-snr: most often
+    where tokens become undecodable without their context, which changes the objective's weights."""
+    log_snr_offset: float = 1.15
+    """log-snr: location of the draws, in nats of noise beyond the threshold of decodability."""
+    log_snr_scale: float = 0.85
+    """log-snr: scale of the Gumbel distribution of -ln SNR, in nats."""
+    log_snr_uniform_share: float = 0.2
+    """log-snr: share of the draws of t that stay uniform."""
     embedding_noise: bool = True
     """Start from E + sigma_0 * noise on every position, as DiffuSeq does, instead of from E."""
     mse_target: str = "noised"
@@ -197,6 +210,12 @@ class TeacherConfig(Section):
     """Weight of DiffuSeq's x_T term."""
     anchor_weight: float = 0.0
     """Weight of the cross-entropy of the decoder on the prediction of x_0 (anchor loss)."""
+    pad_weight: float = 1.0
+    """Weight of [PAD] target positions in the means of the MSE and of the anchor loss."""
+    condition_dropout: float = 0.0
+    """Share of rows whose source tokens become [PAD]: an unconditional model, learnt beside."""
+    self_conditioning_share: float = 0.5
+    """Share of rows that see the network's own estimate; read if model.self_conditioning is on."""
     save_every: int = 1000
     validate_every: int = 5000
 
@@ -208,9 +227,13 @@ class TeacherConfig(Section):
         _within(self, 0, self.steps, "warmup_steps")
         _within(self, 0, 1e6, "clip_norm")
         _within(self, 0, 1e6, "mse_weight", "decoder_weight", "prior_weight", "anchor_weight")
+        _within(self, -20, 20, "log_snr_offset")
+        _within(self, 0.01, 20, "log_snr_scale")
+        _within(self, 0, 1, "log_snr_uniform_share", "pad_weight", "self_conditioning_share")
+        _within(self, 0, 1, "condition_dropout")
         _within(self, 1, 10_000_000, "save_every", "validate_every")
         _one_of(self, ("linear", "cosine", "constant"), "decay")
-        _one_of(self, ("uniform", "loss-aware"), "timestep_sampler")
+        _one_of(self, ("uniform", "loss-aware", "log-snr"), "timestep_sampler")
         _one_of(self, ("noised", "clean"), "mse_target")
         _one_of(self, ("all", "target"), "mse_positions")
 
@@ -260,6 +283,8 @@ class StageConfig(Section):
     decay: str = "constant"
     """Learning-rate decay of both optimisers: constant, linear or cosine."""
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    """As for the teacher, by θ updates."""
     weight_floor: float = 1e-5
     """Smallest denominator of the SiD weight, as a fraction of the embedding's RMS."""
     generator_dropout: bool = True
@@ -378,6 +403,8 @@ class Config(Section):
     log_every: int = 20
     max_bad_steps: int = 10
     """Steps in a row with a non-finite loss or gradient before the run stops."""
+    max_minutes: float = 0.0
+    """Minutes after which a run saves and ends with 75, as on SIGTERM; 0: no limit."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -391,6 +418,7 @@ class Config(Section):
         _one_of(self, ("auto", "fp32", "bf16"), "precision")
         _within(self, 1, 1_000_000, "log_every")
         _within(self, 1, 1_000_000, "max_bad_steps")
+        _within(self, 0, 1e6, "max_minutes")
         last = self.diffusion.num_timesteps
         if self.distill.t_init >= last or self.distill.t_max > last:
             raise ConfigError(

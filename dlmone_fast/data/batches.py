@@ -28,6 +28,22 @@ def batch(
     """
     check_seq_len(seq_len)
     index = _checked_rows(rows, len(cache))
+    exchanged = index >= cache.stored
+    if not exchanged.any():
+        return _laid_out(cache, index, seq_len, tokenizer)
+    ids = torch.empty(len(index), seq_len, dtype=torch.int64)
+    mask = torch.empty_like(ids)
+    for direction, first, chosen in (
+        (cache, 0, ~exchanged),
+        (cache.exchanged(), cache.stored, exchanged),
+    ):
+        ids[chosen], mask[chosen] = _laid_out(direction, index[chosen] - first, seq_len, tokenizer)
+    return ids, mask
+
+
+def _laid_out(
+    cache: TokenCache, index: IntArray, seq_len: int, tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
     src_start, src_length = _spans(cache.src_offsets, index)
     trg_start, trg_length = _spans(cache.trg_offsets, index)
     src_kept, trg_kept = _kept_lengths(src_length, trg_length, seq_len - SEPARATORS)
@@ -43,6 +59,19 @@ def batch(
     ids[in_trg] = cache.trg_ids[(trg_start[:, None] + position - given)[in_trg]]
     mask = (position >= given).astype(np.int64)
     return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def without_sources(
+    ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, pad_id: int
+) -> torch.Tensor:
+    """ids [B, L] with [PAD] for what stands between a source's [CLS] and [SEP] in the rows [n]."""
+    position = torch.arange(ids.shape[1])
+    given = (mask[rows] == 0).sum(1, keepdim=True)
+    # The last two given positions are [SEP] [SEP].
+    source = (position >= 1) & (position < given - 2)
+    dropped = ids.clone()
+    dropped[rows] = ids[rows].masked_fill(source, pad_id)
+    return dropped
 
 
 def source_batch(

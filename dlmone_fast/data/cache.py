@@ -35,19 +35,36 @@ _ARRAYS = {"src_ids": "<i4", "src_offsets": "<i8", "trg_ids": "<i4", "trg_offset
 
 @dataclass(frozen=True)
 class TokenCache:
-    """`[CLS] … [SEP]` ids of both sides, ragged: row i is `ids[offsets[i]:offsets[i + 1]]`."""
+    """`[CLS] … [SEP]` ids of both sides, ragged: row i is `ids[offsets[i]:offsets[i + 1]]`.
+
+    With `both_directions`, row N + i of the N stored ones is row i with its sides exchanged.
+    """
 
     folder: Path
     src_ids: npt.NDArray[np.int32]
     src_offsets: npt.NDArray[np.int64]
     trg_ids: npt.NDArray[np.int32]
     trg_offsets: npt.NDArray[np.int64]
+    both_directions: bool = False
+
+    @property
+    def stored(self) -> int:
+        """Rows on disk."""
+        return len(self.src_offsets) - 1
 
     def __len__(self) -> int:
-        return len(self.src_offsets) - 1
+        return 2 * self.stored if self.both_directions else self.stored
+
+    def exchanged(self) -> TokenCache:
+        """The same rows with source and target exchanged, in the same memory."""
+        return TokenCache(
+            self.folder, self.trg_ids, self.trg_offsets, self.src_ids, self.src_offsets
+        )
 
     def pair(self, row: int) -> tuple[list[int], list[int]]:
         """Return the source's and the target's ids of one row, untruncated."""
+        if row >= self.stored and self.both_directions:
+            return self.exchanged().pair(row - self.stored)
         src = self.src_ids[self.src_offsets[row] : self.src_offsets[row + 1]]
         trg = self.trg_ids[self.trg_offsets[row] : self.trg_offsets[row + 1]]
         return src.tolist(), trg.tolist()

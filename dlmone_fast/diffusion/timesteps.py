@@ -1,4 +1,5 @@
-"""How t is drawn in training: uniformly, or where the loss is large (DiffuSeq's importance draw).
+"""How t is drawn in training: uniformly, where the loss is large (DiffuSeq's importance draw), or
+where tokens become undecodable (a draw of log-SNR).
 
 The draws are pure functions of (seed, step, sample), so that a resumed run draws what an
 uninterrupted one would have drawn.
@@ -11,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dlmone_fast.diffusion.decodability import nearest_timesteps
+from dlmone_fast.diffusion.schedule import Schedule
 from dlmone_fast.kernels.noise import Stream, random_bits, uniform_integers
 
 _HISTORY = 10
@@ -18,10 +21,10 @@ _UNIFORM_SHARE = 0.001
 
 
 class TimestepSampler(Protocol):
-    """Draws t and the weights that keep the expected loss unchanged."""
+    """Draws t and each draw's weight in the loss."""
 
     def sample(self, seed: int, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """t [B] int64 and importance weights [B] float32 for global sample indices [B]."""
+        """t [B] int64 and weights [B] float32 for global sample indices [B]."""
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Take note of per-sample losses [B] at t [B]."""
@@ -51,6 +54,42 @@ class UniformTimesteps:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         pass
+
+
+class LogSnrTimesteps(UniformTimesteps):
+    """-ln SNR from a Gumbel distribution, for all but a uniform share of the draws of t.
+
+    The form is what LangFlow (arXiv 2604.11748) learns. All weights are 1: that some t come more
+    often changes the objective, by intention. t is the timestep whose log-SNR is nearest, so that
+    what lies beyond the schedule falls on its ends.
+
+    Args:
+        schedule: the noise schedule.
+        location: mode of -ln SNR; `-critical_log_snr` is where tokens become undecodable.
+        scale: of the Gumbel distribution, whose long tail lies towards more noise.
+        uniform_share: of draws that are uniform over 0 … T - 1.
+    """
+
+    def __init__(
+        self, schedule: Schedule, location: float, scale: float, uniform_share: float
+    ) -> None:
+        super().__init__(schedule.num_timesteps)
+        self.schedule = schedule
+        self.location, self.scale, self.uniform_share = location, scale, uniform_share
+
+    def sample(self, seed: int, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
+        uniform, weight = super().sample(seed, step, samples)
+        # The uniform t takes words 0 and 1 of the block.
+        choice, u = (self._unit(seed, step, samples, word) for word in (2, 3))
+        noise = self.location - self.scale * (-u.log()).log()
+        t = nearest_timesteps(self.schedule, -noise)
+        return torch.where(choice < self.uniform_share, uniform, t), weight
+
+    @staticmethod
+    def _unit(seed: int, step: int, samples: Tensor, word: int) -> Tensor:
+        bits = random_bits(seed, Stream.TIMESTEP, samples, step, word)
+        # Half a step inside 0 and 1, where the logarithms are finite.
+        return (bits.double() + 0.5) / 2**32
 
 
 class LossAwareTimesteps:

@@ -38,6 +38,8 @@ class Stream(IntEnum):
     EVALUATION = 16
     REAL_EMBEDDING_NOISE = 17
     GENERATOR_EMBEDDING_NOISE = 18
+    SELF_CONDITIONING = 19
+    CONDITION_DROPOUT = 20
 
 
 def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:

@@ -44,10 +44,20 @@ class Denoiser(nn.Module):
         """The embedding table E [V, d]."""
         return self.lm.tokens.table()
 
-    def forward(self, x_t: Tensor, t: Tensor | int) -> Tensor:
-        """x̂0 [B, L, d] of x_t [B, L, d] at timesteps t ([B], or one for all)."""
+    def forward(self, x_t: Tensor, t: Tensor | int, estimate: Tensor | None = None) -> Tensor:
+        """x̂0 [B, L, d] of x_t [B, L, d] at timesteps t ([B], or one for all).
+
+        `estimate` [B, L, d] is an earlier x̂0, for a model with self-conditioning; None: zeros.
+        """
         time = self.schedule.network_time(self.schedule.timesteps(t, x_t))
-        return self.lm(self._checked(x_t), time)
+        x_t = self._checked(x_t)
+        if estimate is None:
+            return self.lm(x_t, time)
+        if not self.config.self_conditioning:
+            raise UsageError(
+                "estimate: this model was made without model.self_conditioning; leave it out"
+            )
+        return self.lm(x_t, time, self._checked(estimate))
 
     def logits(self, h: Tensor) -> Tensor:
         """Decoder logits [..., V] of h [..., d]."""
@@ -70,6 +80,7 @@ class Denoiser(nn.Module):
         embedding_noise: Tensor,
         noise: Tensor,
         config: TeacherConfig | None = None,
+        pad_id: int | None = None,
     ) -> dict[str, Tensor]:
         """Per-sample `mse`, `nll` and `loss` [B] of DiffuSeq's training loss.
 
@@ -80,12 +91,13 @@ class Denoiser(nn.Module):
             embedding_noise: standard normal draws [B, L, d] of x_0 around E(ids).
             noise: standard normal draws [B, L, d] of the forward process.
             config: another choice of terms; None: DiffuSeq's.
+            pad_id: the id of [PAD]; needed for `config.pad_weight` alone.
         """
         noise, embedding_noise = self._checked(noise), self._checked(embedding_noise)
         t = self.schedule.timesteps(t, noise)
         config = config or TeacherConfig()
         return teacher_loss(
-            self.lm, self.schedule, config, ids.long(), mask, t, noise, embedding_noise
+            self.lm, self.schedule, config, ids.long(), mask, t, noise, embedding_noise, pad_id
         )
 
     def ancestral_step(

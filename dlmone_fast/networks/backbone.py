@@ -2,7 +2,8 @@
 
 DiffuSeq, `transformer_model.py`: time MLP, input projection, learned positions, LayerNorm and
 dropout, encoder without attention mask, output projection. The pre-norm variant adds the usual
-LayerNorm after the last block.
+LayerNorm after the last block. With self-conditioning (Analog Bits, arXiv 2208.04202) a second
+projection reads the last prediction of x_0; it starts at zero, and None stands for zeros.
 """
 
 from __future__ import annotations
@@ -32,24 +33,38 @@ class Backbone(nn.Module):
         if config.norm == "pre":
             self.output_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
         self.output_projection = projection(hidden, hidden, d, nn.Tanh())
+        if config.self_conditioning:
+            # Last: the other parameters start where they would without it.
+            self.estimate_projection = nn.Linear(d, hidden, bias=False)
+            nn.init.zeros_(self.estimate_projection.weight)
 
-    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """x̂0 [B, L, d] of x_t [B, L, d] at network time [B] (already rescaled)."""
-        return self.predict(self.features(x_t, time)[0])
+    def forward(self, x_t: Tensor, time: Tensor, estimate: Tensor | None = None) -> Tensor:
+        """x̂0 [B, L, d] of x_t [B, L, d] at network time [B] (already rescaled).
 
-    def features(self, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        `estimate` [B, L, d] is an earlier x̂0, for a network with self-conditioning.
+        """
+        return self.predict(self.features(x_t, time, estimate)[0])
+
+    def features(
+        self, x_t: Tensor, time: Tensor, estimate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The last hidden state [B, L, H], and the residual sum before its LayerNorm."""
-        return self.encode(x_t, self.time_vector(time))
+        return self.encode(x_t, self.time_vector(time), estimate)
 
     def time_vector(self, time: Tensor) -> Tensor:
         """What the network adds to every position for a network time [B]: [B, H]."""
         t_vector: Tensor = self.time_mlp(time_features(time, self.config.time_dim))
         return t_vector
 
-    def encode(self, x_t: Tensor, t_vector: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, x_t: Tensor, t_vector: Tensor, estimate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`features` of a time that is given as its vector [B, H]."""
         length = x_t.shape[1]
-        h = self.input_projection(x_t) + self.position.weight[:length] + t_vector[:, None]
+        projected = self.input_projection(x_t)
+        if estimate is not None:
+            projected = projected + self.estimate_projection(estimate)
+        h = projected + self.position.weight[:length] + t_vector[:, None]
         h = residual = self.dropout(self.input_norm(h))
         for block in self.blocks:
             h, residual = block(h)

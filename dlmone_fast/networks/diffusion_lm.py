@@ -32,6 +32,6 @@ class DiffusionLM(nn.Module):
         lm.load_state_dict(tensors, assign=True)
         return lm
 
-    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """x̂0 [B, L, d] of x_t [B, L, d] at network time [B]."""
-        return self.backbone(x_t, time)
+    def forward(self, x_t: Tensor, time: Tensor, estimate: Tensor | None = None) -> Tensor:
+        """x̂0 [B, L, d] of x_t [B, L, d] at network time [B]; `estimate` as for the backbone."""
+        return self.backbone(x_t, time, estimate)

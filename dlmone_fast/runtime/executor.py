@@ -117,14 +117,16 @@ class Executor:
     ) -> Tensor:
         source = self.table[ids]
         chosen = SamplerOptions(settings.sampler, settings.steps, settings.eta)
+        with_estimate = self.denoiser.config.self_conditioning
         return sample(
-            runner.predict,
+            runner.predict_given if with_estimate else runner.predict,
             self.denoiser.schedule,
             chosen,
             source,
             mask,
             _noise_of(rows, source),
             lambda x: self.table[nearest_token(x, self.vocabulary)],
+            self_conditioning=with_estimate,
         )
 
 

@@ -69,7 +69,8 @@ class Generator:
         examples = None
         if calibration is not None:
             examples = partial(network_inputs, denoiser, settings, self._encoded(calibration))
-        request = EngineRequest(denoiser, precision, examples)
+        with_estimate = settings.kind == "teacher" and denoiser.config.self_conditioning
+        request = EngineRequest(denoiser, precision, examples, with_estimate)
         self._executor = Executor(denoiser, make_engine(backend, request), max_queued)
 
     @property

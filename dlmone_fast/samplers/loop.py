@@ -53,7 +53,7 @@ class SamplerOptions:
 
 @torch.no_grad()
 def sample(
-    predict: Predict,
+    predict: Callable[..., Tensor],
     schedule: Schedule,
     options: SamplerOptions,
     source: Tensor,
@@ -61,6 +61,7 @@ def sample(
     noise: Noise,
     round_to_embedding: Callable[[Tensor], Tensor],
     callback: Callable[[int, int, Tensor], None] | None = None,
+    self_conditioning: bool = False,
 ) -> Tensor:
     """Draw target embeddings for clean sources.
 
@@ -73,6 +74,8 @@ def sample(
         noise: standard normal draws [B, L, d]; `noise(0)` starts, `noise(k)` serves call k ≥ 1.
         round_to_embedding: x [B, L, d] → the nearest embedding rows [B, L, d].
         callback: called as (k, t, x) after each call, x being the new state.
+        self_conditioning: give `predict` a third argument: None in the first call, then its last
+            x̂0 with the clean source (Analog Bits, arXiv 2208.04202).
 
     Returns:
         x_0 [B, L, d], source positions clean.
@@ -80,9 +83,13 @@ def sample(
     grid = timestep_grid(options.method, options.steps, schedule.num_timesteps)
     x = keep_source(noise(0), source, mask)
     before: tuple[Tensor, int] | None = None
+    given: tuple[Tensor | None, ...] = (None,) if self_conditioning else ()
     for k, t in enumerate(grid, start=1):
         t_next = grid[k] if k < len(grid) else None
-        x0 = predict(x, torch.full((len(x),), t, device=x.device))
+        x0 = predict(x, torch.full((len(x),), t, device=x.device), *given)
+        if self_conditioning:
+            # As in training: before any rounding.
+            given = (keep_source(x0, source, mask),)
         x0 = round_to_embedding(x0) if options.rounds else x0
         # Every method returns to the clean source: its own update would keep the network's.
         x = keep_source(

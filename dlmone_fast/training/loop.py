@@ -52,7 +52,8 @@ def run_phase(phase: Phase, workspace: Workspace, resume: str | os.PathLike[str]
     """Train one phase to its end, from its newest checkpoint if there is one.
 
     Raises:
-        InterruptedAndSavedError: SIGTERM came; a checkpoint was saved first.
+        InterruptedAndSavedError: SIGTERM came or the run's time is up; a checkpoint was saved
+            first.
         DivergedError: too many steps in a row were not finite.
         CheckpointError: a checkpoint cannot be read, or the run folder not written.
     """
@@ -82,12 +83,16 @@ def _loop(phase: Phase, workspace: Workspace, start: int, progress: Progress) ->
             done = step + 1
             if done % phase.validate_every == 0 or done == phase.steps:
                 phase.validate(done, progress)
-            if done % phase.save_every == 0 or done == phase.steps or stop.requested:
+            # Asked once: what is not saved must not be called so.
+            time_is_up, terminated = workspace.limit.reached(), stop.requested
+            stopping = time_is_up or terminated
+            if done % phase.save_every == 0 or done == phase.steps or stopping:
                 _save(phase, workspace, done)
             # After the last step too: the next phase must not start. A restart finds it done.
-            if stop.requested:
+            if stopping:
+                cause = "SIGTERM" if terminated else workspace.limit
                 raise InterruptedAndSavedError(
-                    f"stopped by SIGTERM after {done} of {phase.steps} steps of {phase.name}; "
+                    f"stopped by {cause} after {done} of {phase.steps} steps of {phase.name}; "
                     "saved; the same command continues"
                 )
 

@@ -40,17 +40,22 @@ def adamw(
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, one update a training step."""
+    """Exponential moving average of a module's parameters, one update a training step.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    With `warmup` the decay of step k (from 0) is at most (1 + k) / (10 + k), so that the average
+    forgets the initial weights within a few steps (TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = False) -> None:
+        self.decay, self.warmup = decay, warmup
         self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move towards the module's parameters."""
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards the module's parameters after a training step."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         current = [p.detach() for _, p in module.named_parameters()]
-        torch._foreach_lerp_(list(self.values.values()), current, 1 - self.decay)
+        torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
 
 
 class UpdateGuard:

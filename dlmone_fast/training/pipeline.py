@@ -71,7 +71,11 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
 
 
 def run(
-    config: Config, phase: str = "all", teacher: StrPath = "", resume: StrPath = "auto"
+    config: Config,
+    phase: str = "all",
+    teacher: StrPath = "",
+    resume: StrPath = "auto",
+    started: float | None = None,
 ) -> RunResult:
     """Run one phase or all of them in a run folder; finished phases are not run again.
 
@@ -80,6 +84,7 @@ def run(
         phase: teacher, stage1, stage2, or all.
         teacher: a model folder to distil instead of training a teacher.
         resume: "auto", "never" (start over), or the path of a checkpoint of `phase`.
+        started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
 
     Raises:
         UsageError: arguments that contradict each other.
@@ -95,12 +100,16 @@ def run(
     if phase in ("stage2", "all"):
         _check_test_split(config)
     if phase in ("teacher", "all") and not teacher:
-        workspace = open_workspace(config, resume="never" if resume == "never" else "auto")
+        workspace = open_workspace(
+            config, resume="never" if resume == "never" else "auto", started=started
+        )
         _train_teacher(workspace, "auto" if resume == "never" else resume)
         folder = workspace.model("teacher")
     else:
         start_over = resume == "never" and phase == "all"
-        workspace, folder = _open_with_teacher(config, teacher, "never" if start_over else "auto")
+        workspace, folder = _open_with_teacher(
+            config, teacher, "never" if start_over else "auto", started
+        )
     for stage in ("stage1", "stage2"):
         if phase in (stage, "all"):
             if resume == "never":
@@ -132,6 +141,7 @@ def _train_teacher(workspace: Workspace, resume: StrPath) -> None:
     inputs = workspace.inputs()
     if workspace.finished("teacher", inputs):
         return
+    workspace.limit.check("the teacher")
     phase = TeacherPhase(workspace, inputs)
     run_phase(phase, workspace, resume)
     publish(workspace, phase, phase.averaged(), f"EMA at step {phase.steps}")
@@ -147,6 +157,7 @@ def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrP
     inputs = workspace.inputs(teacher=teacher_folder, start=start_folder)
     if workspace.finished(name, inputs):
         return
+    workspace.limit.check(name)
     teacher, start = (
         denoiser_from_folder(load_folder(folder)).to(workspace.device)
         for folder in (teacher_folder, start_folder)
@@ -156,9 +167,11 @@ def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrP
     publish(workspace, phase, phase.student(phase.best), phase.best_of)
 
 
-def _open_with_teacher(config: Config, teacher: StrPath, resume: str) -> tuple[Workspace, Path]:
+def _open_with_teacher(
+    config: Config, teacher: StrPath, resume: str, started: float | None = None
+) -> tuple[Workspace, Path]:
     if not teacher:
-        workspace = open_workspace(config)
+        workspace = open_workspace(config, started=started)
         folder = workspace.model("teacher")
         if not workspace.finished("teacher"):
             raise UsageError(
@@ -176,7 +189,7 @@ def _open_with_teacher(config: Config, teacher: StrPath, resume: str) -> tuple[W
     loaded = load_folder(folder)
     config = with_teacher(config, loaded)
     tokenizer = _teacher_tokenizer(config, loaded.tokenizer_path, folder)
-    return open_workspace(config, tokenizer, resume), folder
+    return open_workspace(config, tokenizer, resume, started), folder
 
 
 def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Tokenizer:

@@ -73,10 +73,25 @@ def teacher_step_flops(config: Config) -> int:
 
     The decoder runs on x̂0's target positions (taken as all: an upper bound), with a backward pass
     where the anchor loss is on, and on x_0 where `decoder_weight` is, with a backward pass.
+    Self-conditioning adds `estimate_flops`.
     """
     decoder = decoder_flops(config.model)
     calls = (3 if config.teacher.anchor_weight else 1) + (3 if config.teacher.decoder_weight else 0)
-    return config.teacher.batch_size * (3 * forward_flops(config.model) + calls * decoder)
+    network = 3 * forward_flops(config.model) + estimate_flops(config)
+    return config.teacher.batch_size * (network + calls * decoder)
+
+
+def estimate_flops(config: Config) -> int:
+    """FLOPs on a row that self-conditioning adds to a teacher update, on average.
+
+    A forward pass for the share of rows that get an estimate, and for all rows the projection of
+    what they are given, forward and to its weights: 2 · 2 · L · dH.
+    """
+    model = config.model
+    if not model.self_conditioning:
+        return 0
+    first = config.teacher.self_conditioning_share * forward_flops(model)
+    return round(first) + 4 * model.seq_len * model.embedding_dim * model.hidden_size
 
 
 def score_step_flops(model: ModelConfig, stage: StageConfig) -> int:
@@ -187,10 +202,12 @@ def _parameter_lines(config: Config, counted: Parameters) -> list[str]:
 def _teacher_lines(config: Config, counted: Parameters) -> list[str]:
     c = config.teacher
     flops = teacher_step_flops(config)
+    first = estimate_flops(config)
+    share = f" (self-conditioning {c.batch_size * first / flops:.0%})" if first else ""
     return [
         f"teacher      {c.steps:,} steps of {c.batch_size:,} rows (micro-batches of "
         f"{c.micro_batch_size}): {c.steps * c.batch_size:,} samples seen",
-        f"  FLOPs      {_flops(flops)} per step, {_flops(flops * c.steps)} in all",
+        f"  FLOPs      {_flops(flops)} per step{share}, {_flops(flops * c.steps)} in all",
         f"  memory     {_parts(teacher_bytes(config, counted))}",
     ]
 

@@ -1,10 +1,53 @@
-"""SIGTERM asks for a checkpoint and an orderly end; a second one ends the process at once."""
+"""What ends a run early, in order: SIGTERM (a second one ends the process at once), or the time
+that it was given."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from time import monotonic
 from types import FrameType, TracebackType
+
+from dlmone_fast.errors import InterruptedAndSavedError
+
+
+class TimeLimit:
+    """The wall time of a run, over all its phases.
+
+    It ends nothing before the first training step of a process: a run that is started again and
+    again gets on, however short its time.
+
+    Args:
+        minutes: the limit; 0: none.
+        started: `time.monotonic()` when the run began; None: now.
+    """
+
+    def __init__(self, minutes: float = 0.0, started: float | None = None) -> None:
+        self.minutes = minutes
+        self.started = monotonic() if started is None else started
+        self._trained = False
+
+    def reached(self) -> bool:
+        """Whether the time is up, after a training step."""
+        self._trained = True
+        return self._is_up()
+
+    def check(self, before: str) -> None:
+        """Do not let the next part of a run begin when the time is up.
+
+        Raises:
+            InterruptedAndSavedError: it is, and everything so far is saved.
+        """
+        if self._trained and self._is_up():
+            raise InterruptedAndSavedError(
+                f"stopped by {self} before {before}; all is saved; the same command continues"
+            )
+
+    def _is_up(self) -> bool:
+        return self.minutes > 0 and monotonic() - self.started >= 60 * self.minutes
+
+    def __str__(self) -> str:
+        return f"--max-minutes {self.minutes:g}"
 
 
 class StopRequest:

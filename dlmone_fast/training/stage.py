@@ -87,7 +87,7 @@ class Stage:
         optimizer = (config.beta1, config.beta2, config.weight_decay)
         self.generator_optimizer = adamw(self.generator, config.generator_learning_rate, *optimizer)
         self.score_optimizer = adamw(self.score, config.score_learning_rate, *optimizer)
-        self.ema = Ema(self.generator, config.ema_decay)
+        self.ema = Ema(self.generator, config.ema_decay, config.ema_warmup)
         self.guard = UpdateGuard(workspace.config.max_bad_steps)
         self.accuracy = DiscriminatorAccuracy(self.schedule.num_timesteps)
         self.cache = workspace.cache("train")
@@ -152,7 +152,7 @@ class Stage:
         )
         if norm is not None:
             values["generator_gradient_norm"] = norm
-            self.ema.update(self.generator)
+            self.ema.update(self.generator, step)
         return values
 
     @torch.no_grad()

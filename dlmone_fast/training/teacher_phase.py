@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmone_fast.data.batches import BatchStream, batch
+from dlmone_fast.config import Config
+from dlmone_fast.data.batches import BatchStream, batch, without_sources
 from dlmone_fast.diffusion import (
     Draw,
+    LogSnrTimesteps,
     LossAwareTimesteps,
     Schedule,
     TimestepSampler,
     UniformTimesteps,
+    critical_log_snr,
 )
-from dlmone_fast.kernels.noise import Stream
+from dlmone_fast.kernels.noise import Stream, random_bits
 from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.checkpoint import Checkpoint
 from dlmone_fast.models.denoiser import Denoiser
@@ -46,9 +49,9 @@ class TeacherPhase:
             self.lm.backbone.compile()
         c = self.config
         self.optimizer = adamw(self.lm, c.learning_rate, c.beta1, c.beta2, c.weight_decay)
-        self.ema = Ema(self.lm, c.ema_decay)
+        self.ema = Ema(self.lm, c.ema_decay, c.ema_warmup)
         self.guard = UpdateGuard(workspace.config.max_bad_steps)
-        self.timesteps = _timesteps(c.timestep_sampler, workspace.config.diffusion.num_timesteps)
+        self.timesteps = _timesteps(workspace.config, self.schedule)
         self.cache = workspace.cache("train")
         self.stream = BatchStream(self.cache, self.seed, c.batch_size)
         self.validator = Validator(workspace)
@@ -76,7 +79,7 @@ class TeacherPhase:
                 sums[name] = sums.get(name, 0.0) + float(terms[name].detach().sum())
         norm = self.guard.apply("teacher", total, self.optimizer, c.clip_norm)
         if norm is not None:
-            self.ema.update(self.lm)
+            self.ema.update(self.lm, step)
             for t, losses in drawn:
                 self.timesteps.update(t, losses.cpu())
         means = {name: value / count for name, value in sums.items()}
@@ -88,13 +91,28 @@ class TeacherPhase:
 
     def terms(self, rows: Any, t: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
         """Loss terms of rows of the training cache, with noise of (seed, step, slot)."""
-        device = self.workspace.device
-        ids, mask = batch(self.cache, rows, self.lm.config.seq_len, self.workspace.tokenizer)
+        c, device, tokenizer = self.config, self.workspace.device, self.workspace.tokenizer
+        ids, mask = batch(self.cache, rows, self.lm.config.seq_len, tokenizer)
+        if c.condition_dropout:
+            dropped = self._share(c.condition_dropout, Stream.CONDITION_DROPOUT, step, slots)
+            ids = without_sources(ids, mask, dropped, tokenizer.pad_id)
+        with_estimate = None
+        if self.lm.config.self_conditioning:
+            share = c.self_conditioning_share
+            with_estimate = self._share(share, Stream.SELF_CONDITIONING, step, slots)
         ids, mask, t = ids.to(device), mask.to(device), t.to(device)
         noise = Draw(self.seed, Stream.TEACHER_NOISE, slots, step)
         start = Draw(self.seed, Stream.EMBEDDING_NOISE, slots, step)
         with autocast(self.workspace):
-            return teacher_loss(self.lm, self.schedule, self.config, ids, mask, t, noise, start)
+            return teacher_loss(
+                self.lm, self.schedule, c, ids, mask, t, noise, start,
+                tokenizer.pad_id, with_estimate,
+            )  # fmt: skip
+
+    def _share(self, share: float, stream: Stream, step: int, slots: Tensor) -> Tensor:
+        """Places [n] among the slots [B] of a random share, each slot's choice its own."""
+        bits = random_bits(self.seed, stream, slots, step, 0)
+        return (bits < share * 2**32).nonzero().squeeze(1)
 
     def averaged(self) -> Denoiser:
         """The moving average of the teacher, ready to use until the next update."""
@@ -142,6 +160,12 @@ def autocast(workspace: Workspace) -> torch.autocast:
     return torch.autocast(workspace.device.type, torch.bfloat16, enabled=workspace.bf16)
 
 
-def _timesteps(name: str, num_timesteps: int) -> TimestepSampler:
-    kind = UniformTimesteps if name == "uniform" else LossAwareTimesteps
-    return kind(num_timesteps)
+def _timesteps(config: Config, schedule: Schedule) -> TimestepSampler:
+    c, model = config.teacher, config.model
+    if c.timestep_sampler == "uniform":
+        return UniformTimesteps(schedule.num_timesteps)
+    if c.timestep_sampler == "loss-aware":
+        return LossAwareTimesteps(schedule.num_timesteps)
+    critical = critical_log_snr(model.embedding_dim, model.vocab_size, model.noise_scale)
+    location = c.log_snr_offset - critical
+    return LogSnrTimesteps(schedule, location, c.log_snr_scale, c.log_snr_uniform_share)

@@ -132,8 +132,9 @@ def validation_loss(
         noise, start = Draw(*draw, 1), Draw(*draw, 2)
         ids, mask = ids.to(device), mask.to(device)
         terms = teacher_loss(
-            denoiser.lm, denoiser.schedule, config, ids.long(), mask, t, noise, start
-        )
+            denoiser.lm, denoiser.schedule, config, ids.long(), mask, t, noise, start,
+            workspace.tokenizer.pad_id,
+        )  # fmt: skip
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
     return {name: value / count for name, value in sums.items()}

@@ -15,7 +15,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dlmone_fast.models.plainfiles import unwritable
 from dlmone_fast.runtime.loading import pick_device
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.training.signals import TimeLimit
 
 PHASES = ("teacher", "stage1", "stage2")
 
@@ -47,6 +48,7 @@ _FREE_KEYS = (
     "precision",
     "log_every",
     "max_bad_steps",
+    "max_minutes",
     "evaluation",
     "preset",
 )
@@ -61,6 +63,7 @@ class Workspace:
     data_dir: Path
     device: torch.device
     tokenizer: Tokenizer
+    limit: TimeLimit = field(default_factory=TimeLimit)
 
     @property
     def bf16(self) -> bool:
@@ -69,8 +72,11 @@ class Workspace:
         return precision == "bf16" or (precision == "auto" and multiplies_bf16(self.device))
 
     def cache(self, split: str) -> TokenCache:
-        """The token cache of a split, built on first use."""
-        return open_or_build(find_split(self.data_dir, split), self.tokenizer, self.root / "cache")
+        """The token cache of a split, built on first use; training may read it both ways."""
+        path = find_split(self.data_dir, split)
+        cache = open_or_build(path, self.tokenizer, self.root / "cache")
+        both = split == "train" and self.config.data.both_directions
+        return replace(cache, both_directions=both)
 
     def inputs(self, **folders: Path) -> dict[str, str]:
         """Hashes of the data, and of the model folders that a phase starts from."""
@@ -105,7 +111,10 @@ class Workspace:
 
 
 def open_workspace(
-    config: Config, tokenizer: Tokenizer | None = None, resume: str = "auto"
+    config: Config,
+    tokenizer: Tokenizer | None = None,
+    resume: str = "auto",
+    started: float | None = None,
 ) -> Workspace:
     """Create or reopen the run folder of a configuration.
 
@@ -114,12 +123,14 @@ def open_workspace(
         tokenizer: use this one (a given teacher's); None: the run's own, from `data.vocab_file`
             or learned on the training split.
         resume: "never" starts over: the phases of an earlier run in the folder are removed.
+        started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or the vocabulary differs.
         DataError: data files are missing or malformed.
         ModelFileError: the folder cannot be written (CheckpointError), or its tokenizer.
     """
+    limit = TimeLimit(config.max_minutes, started)
     root = run_folder(config)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -132,7 +143,7 @@ def open_workspace(
     _check_same_run(root, config)
     with writing(root / "config.toml"):
         write_atomically(root / "config.toml", [to_toml(config).encode()])
-    return Workspace(config, root, data_dir, pick_device(config.device), tokenizer)
+    return Workspace(config, root, data_dir, pick_device(config.device), tokenizer, limit)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlmone_fast import train
 from dlmone_fast.cli import field_docs
-from dlmone_fast.config import resolve, schema
+from dlmone_fast.config import DiffusionConfig, TeacherConfig, resolve, schema
+from dlmone_fast.diffusion import Schedule
 from dlmone_fast.errors import ConfigError, DlmOneError
-from dlmone_fast.networks import Backbone
+from dlmone_fast.losses.teacher import teacher_loss
+from dlmone_fast.networks import Backbone, DiffusionLM
 from dlmone_fast.training import plan
 
 
@@ -81,6 +84,36 @@ def test_flops_are_what_torch_counts():
         backbone(torch.randn(3, model.seq_len, model.embedding_dim), torch.zeros(3))
     attention = 4 * model.num_layers * model.seq_len**2 * model.hidden_size
     assert counter.get_total_flops() == 3 * (plan.forward_flops(model) - attention)
+
+
+def test_flops_of_self_conditioning_are_what_torch_counts():
+    def counted(on: bool, rows: int) -> int:
+        model = replace(resolve("grammar").model, vocab_size=20, self_conditioning=on)
+        lm, schedule = DiffusionLM(model), Schedule(DiffusionConfig())
+        ids = torch.zeros(4, model.seq_len, dtype=torch.int64)
+        noise = torch.zeros(4, model.seq_len, model.embedding_dim)
+        rows_of = torch.arange(rows) if on else None
+        with FlopCounterMode(display=False) as counter:
+            terms = teacher_loss(
+                lm, schedule, TeacherConfig(), ids, torch.ones_like(ids), torch.zeros(4).long(),
+                noise, noise, with_estimate=rows_of,
+            )  # fmt: skip
+            terms["loss"].sum().backward()
+        return counter.get_total_flops()
+
+    config = resolve("grammar", model={"self_conditioning": True})
+    attention = 4 * config.model.num_layers * config.model.seq_len**2 * config.model.hidden_size
+    # Two rows of four are the default share; torch leaves out their attention products.
+    expected = 4 * plan.estimate_flops(config) - 2 * attention
+    assert counted(True, 2) - counted(False, 0) == expected
+    assert plan.estimate_flops(resolve("grammar")) == 0
+
+
+def test_the_plan_shows_what_self_conditioning_adds(capsys: pytest.CaptureFixture[str]):
+    train.main(["--preset", "qqp-small", "--model.self-conditioning", "--dry-run"])
+    assert "per step (self-conditioning " in capsys.readouterr().out
+    train.main(["--preset", "qqp-small", "--dry-run"])
+    assert "self-conditioning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dlmone_fast.data.batches import (
     batches_in_order,
     epoch_order,
     source_batch,
+    without_sources,
 )
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.errors import PromptError, UsageError
@@ -58,6 +60,38 @@ def test_a_batch_is_the_layout_of_each_row(
     for row, row_ids, row_mask in zip(rows, ids.tolist(), mask.tolist(), strict=True):
         expected = layout(*cache.pair(row), seq_len, sep_id=sep, pad_id=pad, cls_id=cls)
         assert expected == (row_ids, row_mask)
+
+
+def test_both_directions_lay_out_every_row_twice(cache: TokenCache) -> None:
+    both = replace(cache, both_directions=True)
+    assert len(both) == 2 * ROWS
+    sep, pad, cls = TOKENIZER.sep_id, TOKENIZER.pad_id, TOKENIZER.cls_id
+    for rows in (range(2 * ROWS), range(ROWS, ROWS + 3), [5, ROWS + 5, 4], range(3)):
+        ids, mask = batch(both, list(rows), 24, TOKENIZER)
+        for row, row_ids, row_mask in zip(rows, ids.tolist(), mask.tolist(), strict=True):
+            pair = cache.pair(row % ROWS)
+            assert both.pair(row) == (pair[::-1] if row >= ROWS else pair)
+            sides = pair[::-1] if row >= ROWS else pair
+            assert (row_ids, row_mask) == layout(*sides, 24, sep_id=sep, pad_id=pad, cls_id=cls)
+    with pytest.raises(UsageError, match="rows"):
+        batch(both, [2 * ROWS], 24, TOKENIZER)
+    stream = BatchStream(both, 5, 2 * ROWS)
+    assert sorted(stream.batch_rows(0)) == list(range(2 * ROWS))
+
+
+@pytest.mark.parametrize("seq_len", [24, 80])
+def test_a_dropped_source_is_laid_out_as_padding(cache: TokenCache, seq_len: int) -> None:
+    ids, mask = batch(cache, list(range(12)), seq_len, TOKENIZER)
+    sep, pad, cls = TOKENIZER.sep_id, TOKENIZER.pad_id, TOKENIZER.cls_id
+    found = without_sources(ids, mask, torch.tensor([2, 7, 8]), pad)
+    for row in range(12):
+        source, target = cache.pair(row)
+        if row in (2, 7, 8):
+            source = [cls, *[pad] * (len(source) - 2), sep]
+        expected, _ = layout(source, target, seq_len, sep_id=sep, pad_id=pad, cls_id=cls)
+        assert found[row].tolist() == expected
+    nothing = torch.tensor([], dtype=torch.int64)
+    assert torch.equal(without_sources(ids, mask, nothing, pad), ids)
 
 
 def test_rows_may_come_as_any_kind_of_integers(cache: TokenCache) -> None:

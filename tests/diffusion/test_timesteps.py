@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from dlmone_fast.diffusion import LossAwareTimesteps, TimestepSampler, UniformTimesteps
+from dlmone_fast.config import DiffusionConfig
+from dlmone_fast.diffusion import (
+    LogSnrTimesteps,
+    LossAwareTimesteps,
+    Schedule,
+    TimestepSampler,
+    UniformTimesteps,
+)
 
 T = 20
 ROWS = torch.arange(20_000)
@@ -17,6 +26,10 @@ def warm(losses_of: torch.Tensor, repeats: int = 10) -> LossAwareTimesteps:
     for _ in range(repeats):
         sampler.update(torch.arange(T), losses_of)
     return sampler
+
+
+def log_snr_sampler(share: float, location: float = 3.0, scale: float = 0.85) -> LogSnrTimesteps:
+    return LogSnrTimesteps(Schedule(DiffusionConfig()), location, scale, share)
 
 
 def shares(t: torch.Tensor) -> torch.Tensor:
@@ -81,7 +94,9 @@ def test_only_the_last_ten_losses_count() -> None:
             assert float(sampler.probabilities()[4]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("sampler", [UniformTimesteps(T), warm(torch.linspace(1, 5, T))])
+@pytest.mark.parametrize(
+    "sampler", [UniformTimesteps(T), warm(torch.linspace(1, 5, T)), log_snr_sampler(0.2)]
+)
 def test_a_draw_depends_on_seed_step_and_sample_alone(sampler: TimestepSampler) -> None:
     rows = torch.arange(64)
     t, weight = sampler.sample(7, 3, rows)
@@ -102,3 +117,25 @@ def test_a_restored_sampler_continues_as_the_original() -> None:
         sampler.update(torch.tensor([0, 0, 3]), torch.tensor([9.0, 8.0, 7.0]))
     assert torch.equal(original.probabilities(), restored.probabilities())
     assert torch.equal(original.sample(0, 1, ROWS)[0], restored.sample(0, 1, ROWS)[0])
+
+
+def test_log_snr_draws_follow_the_gumbel_distribution() -> None:
+    sampler = log_snr_sampler(0.0)
+    t, weight = sampler.sample(1, 0, ROWS)
+    assert t.dtype == torch.int64
+    assert torch.equal(weight, torch.ones(len(ROWS)))
+    noise = -torch.logit(sampler.schedule.alphas_cumprod)[t]
+    for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
+        expected = 3.0 - 0.85 * math.log(-math.log(quantile))
+        assert float((noise <= expected).double().mean()) == pytest.approx(quantile, abs=0.015)
+
+
+def test_a_share_of_the_log_snr_draws_is_uniform() -> None:
+    # A Gumbel this far out puts every other draw on the noisiest timestep.
+    t, _ = log_snr_sampler(0.2, location=90.0).sample(2, 5, ROWS)
+    assert float((t < 1999).double().mean()) == pytest.approx(0.2, abs=0.01)
+    quarters = torch.bincount(t[t < 1999] // 500, minlength=4).double()
+    assert (quarters / quarters.sum() - 0.25).abs().max() < 0.03
+    uniform, _ = log_snr_sampler(1.0).sample(2, 5, ROWS)
+    assert torch.equal(uniform, UniformTimesteps(2000).sample(2, 5, ROWS)[0])
+    assert torch.equal(t[t < 1999], uniform[t < 1999])

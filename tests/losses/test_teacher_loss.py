@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from dlmone_fast.config import DiffusionConfig, ModelConfig, TeacherConfig
 from dlmone_fast.diffusion import Schedule
-from dlmone_fast.losses.teacher import masked_mean, teacher_loss, token_nll
+from dlmone_fast.errors import UsageError
+from dlmone_fast.losses.teacher import masked_mean, own_estimate, teacher_loss, token_nll
 from dlmone_fast.networks import DiffusionLM
 
 SCHEDULE = Schedule(DiffusionConfig())
@@ -30,7 +31,9 @@ ANCHORED = TeacherConfig(
 )
 
 
-def network(noise_scale: float = 1.0, normalize: bool = False) -> DiffusionLM:
+def network(
+    noise_scale: float = 1.0, normalize: bool = False, self_conditioning: bool = False
+) -> DiffusionLM:
     torch.manual_seed(2)
     config = ModelConfig(
         seq_len=8,
@@ -43,6 +46,7 @@ def network(noise_scale: float = 1.0, normalize: bool = False) -> DiffusionLM:
         ffn_size=16,
         noise_scale=noise_scale,
         normalize_embedding=normalize,
+        self_conditioning=self_conditioning,
     )
     return DiffusionLM(config).eval()
 
@@ -149,3 +153,84 @@ def test_masked_mean_takes_positions_or_entries() -> None:
     mask = torch.tensor([[0, 1, 1]])
     assert float(masked_mean(values, mask)) == 7.5
     assert float(masked_mean(values[..., 0], mask)) == 6
+
+
+@pytest.mark.parametrize("positions", ["target", "all"])
+@torch.no_grad()
+def test_padding_weighs_what_it_is_given_in_the_means(positions: str) -> None:
+    lm = network()
+    config = replace(ANCHORED, mse_positions=positions, pad_weight=0.25)
+    # 2 is [PAD] here: also within sources, where it counts in full.
+    found = teacher_loss(lm, SCHEDULE, config, IDS, MASK, T, NOISE, START_NOISE, pad_id=2)
+    clean = lm.tokens(IDS)
+    x0 = prediction(lm, clean)
+    for row in range(3):
+        mse, nll, total, of_target = 0.0, 0.0, 0.0, 0.0
+        for place in range(5):
+            target = bool(MASK[row, place])
+            weight = 0.25 if target and int(IDS[row, place]) == 2 else 1.0
+            if target or positions == "all":
+                mse += weight * float((clean[row, place] - x0[row, place]).square().mean())
+                total += weight
+            if target:
+                nll += weight * cross_entropy(lm, x0, row, torch.tensor([place]))
+                of_target += weight
+        assert float(found["mse"][row]) == pytest.approx(mse / total, abs=1e-6)
+        assert float(found["nll"][row]) == pytest.approx(nll / of_target, abs=1e-5)
+    with pytest.raises(UsageError, match="pad_id is missing"):
+        losses(lm, config)
+
+
+def test_padding_of_weight_one_changes_no_bit() -> None:
+    lm = network()
+    for config in (TeacherConfig(), ANCHORED):
+        plain = losses(lm, config)
+        given = teacher_loss(lm, SCHEDULE, config, IDS, MASK, T, NOISE, START_NOISE, pad_id=2)
+        assert all(torch.equal(plain[name], given[name]) for name in plain)
+
+
+def self_conditioned() -> DiffusionLM:
+    lm = network(self_conditioning=True)
+    torch.nn.init.normal_(lm.backbone.estimate_projection.weight)
+    return lm
+
+
+def test_chosen_rows_are_given_the_networks_first_answer() -> None:
+    lm, rows = self_conditioned(), torch.tensor([0, 2])
+    found = teacher_loss(
+        lm, SCHEDULE, ANCHORED, IDS, MASK, T, NOISE, START_NOISE, with_estimate=rows
+    )
+    clean = lm.tokens(IDS).detach()
+    x_t = SCHEDULE.q_sample(clean, T, NOISE, MASK)
+    first = lm(x_t, T * 0.5).detach()
+    source = (MASK == 0).unsqueeze(-1)
+    given = torch.where(source, clean, first)
+    given[1] = 0
+    again = lm(x_t, T * 0.5, given)
+    torch.testing.assert_close(found["mse"], masked_mean((clean - again).square(), MASK))
+    # A row without an estimate is the row of a network that never heard of one.
+    torch.testing.assert_close(found["mse"][1], losses(lm, ANCHORED)["mse"][1])
+    assert not torch.isclose(found["mse"], losses(lm, ANCHORED)["mse"])[rows].any()
+
+
+def test_no_gradient_passes_through_the_estimate() -> None:
+    lm = self_conditioned()
+    x_t = SCHEDULE.q_sample(lm.tokens(IDS), T, NOISE, MASK)
+    estimate = own_estimate(lm, x_t, T * 0.5, MASK, torch.arange(3))
+    assert not estimate.requires_grad
+    nothing = own_estimate(lm, x_t, T * 0.5, MASK, torch.arange(0))
+    assert torch.equal(nothing, torch.zeros_like(x_t))
+
+
+def test_the_first_pass_leaves_the_second_its_gradients_under_autocast() -> None:
+    """Autocast caches 16-bit weights, and those of a pass without gradients have none."""
+    lm = self_conditioned()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = teacher_loss(
+            lm, SCHEDULE, ANCHORED, IDS, MASK, T, NOISE, START_NOISE, with_estimate=torch.arange(3)
+        )
+    terms["loss"].sum().backward()
+    for name, parameter in lm.backbone.named_parameters():
+        if "position" not in name:
+            assert parameter.grad is not None, name
+            assert float(parameter.grad.abs().max()) > 0, name

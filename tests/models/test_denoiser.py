@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from dlmone_fast import load_teacher
 from dlmone_fast.errors import UsageError
+from dlmone_fast.models.denoiser import denoiser_from_folder
+from dlmone_fast.models.folder import load_folder
 
 B, L, D = 3, tiny.SEQ_LEN, 16
 
@@ -89,3 +92,11 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path):
     for device in ("mps", "meta", "cuda:999"):
         with pytest.raises(UsageError, match="device"):
             load_teacher(folder, device)
+
+
+def test_a_folder_from_before_self_conditioning_loads(tmp_path: Path, x) -> None:
+    folder = load_folder(tiny.save(tmp_path / "model"))
+    sizes = dict(folder.config["model"])
+    assert sizes.pop("self_conditioning") is False
+    old = denoiser_from_folder(replace(folder, config={**folder.config, "model": sizes}))
+    assert torch.equal(old(x, 5), load_teacher(folder.path)(x, 5))

@@ -157,3 +157,37 @@ def test_time_features_stay_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(time_features(torch.tensor([745.5]), 128), exact)
     assert exact.dtype == torch.float32
+
+
+def self_conditioned(norm: str = "pre") -> Any:
+    torch.manual_seed(3)
+    return Backbone(replace(SMALL, norm=norm, self_conditioning=True)).eval()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_self_conditioning_starts_as_nothing(norm: str) -> None:
+    plain, conditioned = network(norm), self_conditioned(norm)
+    extra = set(conditioned.state_dict()) - set(plain.state_dict())
+    assert extra == {"estimate_projection.weight"}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(conditioned.state_dict()[name], value), name
+    x_t, time, estimate = draw(2, 12, 6), torch.tensor([3.0, 700.0]), draw(2, 12, 6) + 1
+    expected = plain(x_t, time)
+    assert torch.equal(conditioned(x_t, time), expected)
+    torch.testing.assert_close(conditioned(x_t, time, estimate), expected)
+
+
+@torch.no_grad()
+def test_an_estimate_is_added_beside_the_input_projection() -> None:
+    net = self_conditioned()
+    torch.nn.init.normal_(net.estimate_projection.weight)
+    x_t, time, estimate = draw(2, 12, 6), torch.tensor([3.0, 700.0]), draw(2, 12, 6) + 1
+    found = net(x_t, time, estimate)
+    torch.testing.assert_close(net(x_t, time, torch.zeros_like(estimate)), net(x_t, time))
+    # The same sum, with the estimate's part moved into what each position adds.
+    shifted = copy.deepcopy(net)
+    for row in range(2):
+        part = estimate[row] @ net.estimate_projection.weight.T
+        shifted.position.weight[:12] = net.position.weight[:12] + part
+        alone = shifted(x_t[row : row + 1], time[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)

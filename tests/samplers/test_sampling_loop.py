@@ -200,3 +200,27 @@ def test_impossible_numbers_of_calls_are_refused() -> None:
         timestep_grid("ancestral", 20, 2000)
     with pytest.raises(UsageError, match=r"sampler must be one of ancestral.*got 'euler'"):
         timestep_grid("euler", 20, 2000)
+
+
+@pytest.mark.parametrize(("method", "steps"), FEW)
+@pytest.mark.parametrize("clamp", [False, True])
+def test_self_conditioned_calls_see_the_last_prediction(
+    method: str, steps: int, clamp: bool
+) -> None:
+    given: list[Tensor | None] = []
+    predicted: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, estimate: Tensor | None) -> Tensor:
+        given.append(estimate)
+        predicted.append(torch.tanh(0.5 * x + (0 if estimate is None else 0.1 * estimate)))
+        return predicted[-1]
+
+    options = SamplerOptions(method, steps, clamp=clamp)
+    sample(network, SHORT, options, SOURCE, MASK, noise, torch.round, self_conditioning=True)
+    assert given[0] is None
+    assert len(given) == steps
+    for before, estimate in zip(predicted, given[1:], strict=False):
+        # Not rounded, and with the clean source, as in training.
+        assert estimate is not None
+        assert torch.equal(estimate[MASK == 1], before[MASK == 1])
+        assert torch.equal(estimate[MASK == 0], SOURCE[MASK == 0])

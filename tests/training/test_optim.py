@@ -47,10 +47,29 @@ def test_the_moving_average_has_its_closed_form() -> None:
     assert torch.equal(ema.values["weight"], start)
     for value in (1.0, 2.0, 3.0):
         nn.init.constant_(module.weight, value)
-        ema.update(module)
+        ema.update(module, 0)
     expected = 0.9**3 * start + 0.1 * (0.9**2 * 1 + 0.9 * 2 + 3)
     torch.testing.assert_close(ema.values["weight"], expected)
     assert module.weight.unique().tolist() == [3]
+
+
+def test_a_warming_average_follows_faster_at_first() -> None:
+    module = nn.Linear(2, 1)
+    expected = module.weight.detach().clone()
+    ema = Ema(module, 0.9, warmup=True)
+    # (1 + k) / (10 + k) passes 0.9 at k = 80.
+    for step in range(100):
+        nn.init.constant_(module.weight, float(step % 7))
+        ema.update(module, step)
+        decay = (1 + step) / (10 + step) if step < 80 else 0.9
+        expected = decay * expected + (1 - decay) * (step % 7)
+        torch.testing.assert_close(ema.values["weight"], expected)
+    # A resumed run starts at its own step.
+    late, plain = Ema(module, 0.9, warmup=True), Ema(module, 0.9)
+    nn.init.constant_(module.weight, 5.0)
+    late.update(module, 500)
+    plain.update(module, 500)
+    assert torch.equal(late.values["weight"], plain.values["weight"])
 
 
 def step_with(

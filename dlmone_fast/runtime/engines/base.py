@@ -11,8 +11,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dlmone_fast.errors import BackendUnavailableError
 from dlmone_fast.runtime.pipeline import Pipeline
 from dlmone_fast.runtime.rows import RowBatch
+
+NO_ESTIMATE = (
+    "a teacher with self-conditioning reads its own last prediction at each call, and only the "
+    "eager engine hands it over; students run on every engine"
+)
 
 
 class Runner(ABC):
@@ -21,6 +27,16 @@ class Runner(ABC):
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 [B, L, d] in fp32 of x_t [B, L, d] in fp32 at timesteps t, int64 [B]."""
+
+    def predict_given(self, x_t: Tensor, t: Tensor, estimate: Tensor | None) -> Tensor:
+        """`predict` of a self-conditioned teacher; `estimate` [B, L, d] is its last x̂0, if any.
+
+        Raises:
+            BackendUnavailableError: this engine reads no estimate.
+        """
+        if estimate is None:
+            return self.predict(x_t, t)
+        raise BackendUnavailableError(NO_ESTIMATE)
 
     def predict_from(self, x_t: Tensor, t: Tensor, first: int) -> Tensor:
         """`predict` at the positions from `first` on: [B, L - first, d].

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
 from dlmone_fast.models.denoiser import Denoiser
-from dlmone_fast.runtime.engines.base import Engine
+from dlmone_fast.runtime.engines.base import NO_ESTIMATE, Engine
 
 BACKENDS = ("auto", "eager", "compile", "graph", "openvino")
 
@@ -27,11 +27,13 @@ class EngineRequest:
         precision: "fp32", "bf16", "fp16" or "int8".
         examples: network inputs (x_t [n, L, d], t [n]) of real prompts, for the calibration of
             int8; called only then. None: the model folder gives no prompts.
+        with_estimate: calls hand over the last x̂0, as a self-conditioned teacher's do.
     """
 
     denoiser: Denoiser
     precision: str
     examples: Callable[[], tuple[Tensor, Tensor]] | None = None
+    with_estimate: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +68,8 @@ def make_engine(backend: str, request: EngineRequest) -> Engine:
 
 def why_unavailable(backend: str, request: EngineRequest) -> str | None:
     """None, or why a backend cannot run this model here."""
+    if request.with_estimate and backend != "eager":
+        return NO_ESTIMATE
     return _CHECKS[backend](request)
 
 

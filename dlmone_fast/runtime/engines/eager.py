@@ -41,5 +41,8 @@ class _EagerRunner(Runner):
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self._network(x_t, t)
 
+    def predict_given(self, x_t: Tensor, t: Tensor, estimate: Tensor | None) -> Tensor:
+        return self._network(x_t, t, estimate=estimate)
+
     def predict_from(self, x_t: Tensor, t: Tensor, first: int) -> Tensor:
         return self._network(x_t, t, first)

@@ -65,6 +65,9 @@ class InferenceNetwork:
             return Linear(first, dtype, fused, pack), Linear(last, dtype, fused, pack)
 
         self._input = pair(backbone.input_projection, dtype)
+        self._estimate: Tensor | None = None
+        if self.config.self_conditioning:
+            self._estimate = backbone.estimate_projection.weight.detach().to(dtype)
         self._position = backbone.position.weight.detach()
         self._input_norm = _Norm.of(backbone.input_norm)
         self._layers = [_Layer.of(block, dtype, fused, pack) for block in backbone.blocks]
@@ -72,12 +75,15 @@ class InferenceNetwork:
         self._output_norm = _Norm.of(backbone.output_norm) if pre_norm else None
         self._output = pair(backbone.output_projection, torch.float32)
 
-    def __call__(self, x_t: Tensor, t: Tensor, first: int = 0) -> Tensor:
+    def __call__(
+        self, x_t: Tensor, t: Tensor, first: int = 0, estimate: Tensor | None = None
+    ) -> Tensor:
         """x̂0 [B, L - first, d] in fp32 of x_t [B, L, d] in fp32 at timesteps t, int64 [B].
 
         Positions before `first` are attended to; what they would become is not computed.
+        `estimate` [B, L, d] is an earlier x̂0, for a network with self-conditioning.
         """
-        return self.body(x_t, self.time(t), first)
+        return self.body(x_t, self.time(t), first, estimate)
 
     def time(self, t: Tensor) -> Tensor:
         """The time embedding, fp32 [B, H]."""
@@ -100,10 +106,19 @@ class InferenceNetwork:
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(F.silu(F.linear(features, *first)), *last)
 
-    def body(self, x_t: Tensor, time: Tensor, first_position: int = 0) -> Tensor:
+    def body(
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        first_position: int = 0,
+        estimate: Tensor | None = None,
+    ) -> Tensor:
         """x̂0 of x_t and its time embedding: everything that depends on x_t."""
         first, last = self._input
         projected = last(first(x_t.to(self.dtype), "tanh"))
+        if estimate is not None:
+            assert self._estimate is not None
+            projected = projected + F.linear(estimate.to(self.dtype), self._estimate)
         h = self._enter(projected, time)
         norm, start = self._output_norm, first_position
         h = self._pre_norm(h, norm, start) if norm else self._post_norm(h, start)
