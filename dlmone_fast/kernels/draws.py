@@ -38,6 +38,14 @@ class Stream(IntEnum):
     EVALUATION = 16
     REAL_EMBEDDING_NOISE = 17
     GENERATOR_EMBEDDING_NOISE = 18
+    PAIR_ORDER = 28
+    PAIR_LATENT = 29
+    ANCHOR_ORDER = 30
+    SCORE_CALLS = 31
+    GENERATOR_CALLS = 32
+    FAKE_PAD = 33
+    REAL_PAD = 34
+    GENERATOR_PAD = 35
 
 
 def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:

@@ -65,13 +65,17 @@ def teacher_loss(
 
 def token_nll(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy [B] of decoding h [B, L, d] to ids [B, L] where mask [B, L] is not 0."""
+    return token_losses(tokens, h, ids, mask).sum(1) / (mask != 0).sum(1).clamp(min=1)
+
+
+def token_losses(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The cross-entropies [B, L] of `token_nll`, 0 where mask is 0."""
     table = tokens.table()
     if torch.is_autocast_enabled(h.device.type):
         # A custom operation computes in the dtypes it is given.
         dtype = torch.get_autocast_dtype(h.device.type)
         h, table = h.to(dtype), table.to(dtype)
-    losses = linear_cross_entropy(h, table, ids, tokens.bias, mask=mask)
-    return losses.sum(1) / (mask != 0).sum(1).clamp(min=1)
+    return linear_cross_entropy(h, table, ids, tokens.bias, mask=mask)
 
 
 def _nll(tokens: TokenEmbedding, x0: Tensor, ids: Tensor, mask: Tensor, optimised: bool) -> Tensor:
