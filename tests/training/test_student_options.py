@@ -238,16 +238,11 @@ def test_t_is_drawn_where_tokens_need_their_context(stage: Callable[..., Stage])
 
 
 def test_a_window_without_timesteps_is_refused_before_training(tiny: Make, tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run", distill={"decodable_margin": 0.5, "t_init": 50, "t_max": 60})
-    config = resolve("grammar", **{**_without_calls(config), "output_dir": str(tmp_path / "run")})
+    keys = {"decodable_margin": 0.5, "t_init": 50, "t_max": 60}
+    config = tiny(tmp_path / "run", distill=keys)
     with pytest.raises(ConfigError, match=r"leaves no timestep: it starts at \d+ for this model"):
         run(config, "teacher")
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def _without_calls(config: Config) -> dict[str, Any]:
-    keys = {"decodable_margin": 0.5, "t_init": 50, "t_max": 60}
-    return {"distill": keys, "data": {"train_rows": 300}, "seed": config.seed}
 
 
 def test_padding_is_thinned_in_every_loss_of_both_networks(stage: Callable[..., Stage]) -> None:
