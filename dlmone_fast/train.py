@@ -31,8 +31,9 @@ class Arguments:
 
     config_file: Annotated[str, tyro.conf.arg(name="config")] = ""
     """TOML file with keys of the configuration; it overrides the preset, flags override it."""
-    phase: Literal["teacher", "stage1", "stage2", "all"] = "all"
-    """Which phase to run; all skips the ones that are finished."""
+    phase: Literal["teacher", "pairs", "stage1", "stage2", "all"] = "all"
+    """Which phase to run; all skips the ones that are finished. pairs (the teacher's paired
+    endpoints) exists where distill.pairs.count is set."""
     teacher_folder: Annotated[str, tyro.conf.arg(name="teacher")] = ""
     """Model folder of a teacher to distil, instead of training one."""
     resume: str = "auto"

@@ -271,6 +271,20 @@ class StageConfig(Section):
     """ψ updates per θ update."""
     score_warmup_steps: int = 400
     """ψ-only updates before the first θ update."""
+    few_steps: int = 1
+    """Calls K that θ learns to make: each row of each update is generated with 1 … K calls, drawn
+    evenly, at the timesteps that generation with K steps uses (few-step SiD)."""
+    anchor_steps: int = 0
+    """Updates of θ alone, before ψ's, on the teacher's paired endpoints (`distill.pairs`)."""
+    anchor_weight: float = 0.0
+    """Weight of the anchor loss beside the stage's own at the first θ update; keep it small or 0:
+    an anchor that stays on freezes the student."""
+    anchor_decay_steps: int = 0
+    """θ updates over which `anchor_weight` falls linearly to zero; 0: off at once."""
+    anchor_learning_rate: float = 1e-4
+    """Learning rate of θ in the `anchor_steps` updates."""
+    anchor_mse_weight: float = 1.0
+    """Weight of the squared error beside the cross-entropy in the anchor loss."""
     adversarial_warmup_steps: int = 400
     """θ updates without the adversarial term, while the new head learns."""
     beta1: float = 0.0
@@ -302,11 +316,56 @@ class StageConfig(Section):
         _within(self, 0, 1, "score_learning_rate", "generator_learning_rate", "weight_decay")
         _within(self, 1, 100, "score_steps")
         _within(self, 0, 10_000_000, "score_warmup_steps", "adversarial_warmup_steps")
+        _within(self, 1, 64, "few_steps")
+        _within(self, 0, 10_000_000, "anchor_steps", "anchor_decay_steps")
+        _within(self, 0, 1e6, "anchor_weight", "anchor_mse_weight")
+        _within(self, 0, 1, "anchor_learning_rate")
         _within(self, 0, 0.999999, "beta1", "beta2", "ema_decay")
         _within(self, 0, 1e6, "clip_value", "clip_norm")
         _within(self, 0, 1, "weight_floor")
         _within(self, 1, 10_000_000, "validate_every", "save_every")
         _one_of(self, ("linear", "cosine", "constant"), "decay")
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the stage reads the teacher's paired endpoints."""
+        return self.anchor_steps > 0 or self.anchored_updates > 0
+
+    @property
+    def anchored_updates(self) -> int:
+        """θ updates of the stage itself in which the anchor loss has a weight above zero."""
+        return min(self.steps, self.anchor_decay_steps) if self.anchor_weight else 0
+
+
+@dataclass(frozen=True)
+class PairsConfig(Section):
+    """Paired endpoints: what the teacher's deterministic sampler makes of a noise z and a source,
+    for θ to learn from the same z. They are made once, between the teacher and stage 1."""
+
+    count: int = 0
+    """Pairs of a source row and a noise; 0: none."""
+    per_source: int = 4
+    """Noises for each source row; rows follow a seeded order over the training split."""
+    sampler: str = "ddim"
+    """ddim or dpm-solver++: solvers of the teacher's ODE."""
+    steps: int = 20
+    """Network calls for each pair."""
+    batch_size: int = 256
+    """Pairs of one update."""
+    save_every: int = 50
+    """Updates between checkpoints."""
+
+    def check(self) -> None:
+        _within(self, 0, 100_000_000, "count")
+        _within(self, 1, 1 << 20, "per_source", "batch_size")
+        _one_of(self, ("ddim", "dpm-solver++"), "sampler")
+        _within(self, 1, 100_000, "steps")
+        _within(self, 1, 10_000_000, "save_every")
+
+    @property
+    def updates(self) -> int:
+        """Updates that make all pairs; the last one may make fewer than `batch_size`."""
+        return -(-self.count // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -318,6 +377,12 @@ class DistillConfig(Section):
     t_min: int = 0
     t_max: int = 1976
     """t is drawn uniformly from [t_min, t_max) for ψ and θ."""
+    decodable_margin: float = 0.0
+    """Raises t_min to where the log-SNR is this far above the one at which tokens are decodable
+    without context; less noise says nothing about the sequence. 2 is a sound choice; 0: off."""
+    pad_weight: float = 1.0
+    """Weight of positions behind the end of the text, its first [SEP]: the share of them that is
+    kept, at random, in the losses of ψ and θ, and their factor in the anchor loss."""
     scale_latent: bool = True
     """Feed sigma(t_init) * z rather than z to θ."""
     discriminator: str = "token_head"
@@ -334,6 +399,7 @@ class DistillConfig(Section):
     validation_rows: int = 2000
     diagnose_every: int = 500
     """θ updates between the slow diagnostics (fake-net lag, gradient norms of both terms)."""
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(
         default_factory=lambda: StageConfig(
@@ -348,9 +414,24 @@ class DistillConfig(Section):
             raise ConfigError(f"t_max must be above t_min ({self.t_min}), got {self.t_max}")
         _one_of(self, ("token_head", "channel_mean"), "discriminator")
         _one_of(self, ("bleu", "ibleu", "balanced"), "selection_metric")
+        _within(self, 0, 20, "decodable_margin")
+        _within(self, 0, 1, "pad_weight")
         _within(self, 0, 1000, "logit_clamp")
         _within(self, 1, 1_000_000, "validation_rows")
         _within(self, 1, 10_000_000, "diagnose_every")
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            self._check_stage(name, stage)
+
+    def _check_stage(self, name: str, stage: StageConfig) -> None:
+        if stage.few_steps > self.t_init:
+            raise ConfigError(
+                f"{name}.few_steps must be at most t_init ({self.t_init}), got {stage.few_steps}"
+            )
+        if stage.anchored and not self.pairs.count:
+            raise ConfigError(
+                f"{name} has anchor_steps or anchor_weight, which need the teacher's paired "
+                "endpoints, and distill.pairs.count is 0; set that, or both of them to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -433,6 +514,11 @@ class Config(Section):
             )
         self._check_task()
         self._check_calls()
+        if self.distill.pairs.steps > last:
+            raise ConfigError(
+                f"distill.pairs.steps must be at most diffusion.num_timesteps ({last}), got "
+                f"{self.distill.pairs.steps}"
+            )
 
     def _check_task(self) -> None:
         if self.distill.selection_metric == "balanced" and not self.is_grammar:

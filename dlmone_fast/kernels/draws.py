@@ -40,6 +40,14 @@ class Stream(IntEnum):
     GENERATOR_EMBEDDING_NOISE = 18
     SELF_CONDITIONING = 19
     CONDITION_DROPOUT = 20
+    PAIR_ORDER = 21
+    PAIR_LATENT = 22
+    ANCHOR_ORDER = 23
+    SCORE_CALLS = 24
+    GENERATOR_CALLS = 25
+    FAKE_PAD = 26
+    REAL_PAD = 27
+    GENERATOR_PAD = 28
 
 
 def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:

@@ -119,15 +119,20 @@ def token_nll(
 ) -> Tensor:
     """Mean cross-entropy [B] of decoding h [B, L, d] to ids [B, L] where mask [B, L] is not 0,
     weighted by `weights` [B, L]."""
+    losses = token_losses(tokens, h, ids, mask)
+    if weights is not None:
+        return masked_mean(losses, mask, weights)
+    return losses.sum(1) / (mask != 0).sum(1).clamp(min=1)
+
+
+def token_losses(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The cross-entropies [B, L] of `token_nll`, 0 where mask is 0."""
     table = tokens.table()
     if torch.is_autocast_enabled(h.device.type):
         # A custom operation computes in the dtypes it is given.
         dtype = torch.get_autocast_dtype(h.device.type)
         h, table = h.to(dtype), table.to(dtype)
-    losses = linear_cross_entropy(h, table, ids, tokens.bias, mask=mask)
-    if weights is not None:
-        return masked_mean(losses, mask, weights)
-    return losses.sum(1) / (mask != 0).sum(1).clamp(min=1)
+    return linear_cross_entropy(h, table, ids, tokens.bias, mask=mask)
 
 
 def _nll(

@@ -1,13 +1,15 @@
 """The generator θ: one call at t_init, or a few by re-noising its own output.
 
 DLM-One (arXiv 2506.00290) §3; the re-noising times follow SiD-LSG: call i of n runs at
-t_i = int(t_init (1 - i / n)), and nothing is rounded between calls.
+t_i = int(t_init (1 - i / n)), and nothing is rounded between calls. Training for several calls
+matches the even mixture of what 1 … n calls give (few-step SiD, arXiv 2505.12674).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, full
 
 from dlmone_fast.diffusion import Schedule
@@ -55,8 +57,7 @@ def generate_embeddings(
     x0 = source
     for i, t in enumerate(renoising_times(t_init, steps)):
         if i == 0:
-            sigma = float(1 - schedule.alphas_cumprod[t]) ** 0.5 if scale_latent else 1.0
-            x = sigma * noise(0)
+            x = _scaled_latent(schedule, t, noise, scale_latent)
         else:
             x = renoise(schedule, x0, t, noise(i))
         x = keep_source(x, source, mask)
@@ -64,3 +65,44 @@ def generate_embeddings(
         if callback is not None:
             callback(i, t, x0)
     return x0
+
+
+def generate_mixture(
+    predict: Predict,
+    draft: Predict,
+    schedule: Schedule,
+    t_init: int,
+    steps: int,
+    calls: Tensor,
+    source: Tensor,
+    mask: Tensor,
+    noise: Noise,
+    scale_latent: bool = True,
+) -> Tensor:
+    """`generate_embeddings`, cut off after each row's own number of calls.
+
+    Args:
+        predict: makes the last call of every row, all in one batch; gradients reach it alone.
+        draft: makes the calls before.
+        steps: calls n whose timesteps are used.
+        calls: int64 [B] on the CPU, from 1 to n.
+
+    The other arguments are those of `generate_embeddings`.
+    """
+    times = renoising_times(t_init, steps)
+    device = source.device
+    with torch.no_grad():
+        x = keep_source(_scaled_latent(schedule, t_init, noise, scale_latent), source, mask)
+        for i in range(1, int(calls.max())):
+            rows = (calls > i).nonzero().squeeze(1).to(device)
+            given, target = source[rows], mask[rows]
+            x0 = draft(x[rows], full((len(rows),), times[i - 1], device=device))
+            x0 = keep_source(x0, given, target)
+            x[rows] = keep_source(renoise(schedule, x0, times[i], noise(i)[rows]), given, target)
+    t = torch.tensor(times)[calls - 1].to(device)
+    return keep_source(predict(x, t), source, mask)
+
+
+def _scaled_latent(schedule: Schedule, t_init: int, noise: Noise, scale_latent: bool) -> Tensor:
+    sigma = float(1 - schedule.alphas_cumprod[t_init]) ** 0.5 if scale_latent else 1.0
+    return sigma * noise(0)

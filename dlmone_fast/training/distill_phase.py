@@ -11,6 +11,7 @@ from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.optimizer_state import flatten_optimizer, restore_optimizer
 from dlmone_fast.networks import Backbone, DiffusionLM
 from dlmone_fast.training.loop import State, phase_seed
+from dlmone_fast.training.pairs_phase import Pairs
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.stage import Stage
 from dlmone_fast.training.validation import Validator
@@ -19,6 +20,8 @@ from dlmone_fast.training.workspace import Workspace
 
 class DistillPhase:
     """A stage: ψ warm-up, then ψ and θ in turn; the best student by validation score is kept.
+
+    With `anchor_steps` θ first learns the teacher's paired endpoints, alone.
 
     Raw θ and its moving average are both validated: early on the average lags, later it is the
     steadier one. Step 0 competes too, so a stage never ends worse than it began.
@@ -31,42 +34,55 @@ class DistillPhase:
         teacher: Denoiser,
         start: Backbone,
         inputs: dict[str, str],
+        pairs: Pairs | None = None,
     ) -> None:
         self.name, self.inputs = f"stage{index}", inputs
         self.workspace = workspace
         distill = workspace.config.distill
         self.config = distill.stage1 if index == 1 else distill.stage2
-        self.steps = self.config.score_warmup_steps + self.config.steps
+        c = self.config
+        self.steps = c.anchor_steps + c.score_warmup_steps + c.steps
         self.save_every, self.batch_size = self.config.save_every, self.config.batch_size
         self.validate_every = self.config.validate_every
         seed = phase_seed(workspace.config.seed, index)
-        self.stage = Stage(workspace, self.config, teacher, start, seed)
+        self.stage = Stage(workspace, self.config, teacher, start, seed, pairs)
         self.teacher = teacher
         self.validator = Validator(workspace)
         self.best: dict[str, Tensor] = {}
         self.best_score, self.best_of = float("-inf"), ""
 
     def update(self, step: int) -> dict[str, float]:
+        if step < self.config.anchor_steps:
+            values = self.stage.update_anchor(step)
+            if step == self.config.anchor_steps - 1:
+                self.stage.end_anchor()
+            return values | self._skipped()
+        return self._update(step - self.config.anchor_steps)
+
+    def _update(self, step: int) -> dict[str, float]:
         c, stage = self.config, self.stage
         generator_step = step - c.score_warmup_steps
         updates = c.score_steps if generator_step >= 0 else 1
+        of_steps = (c.score_warmup_steps + c.steps) * c.score_steps
         values: dict[str, float] = {}
         for k in range(updates):
             score_step = step * c.score_steps + k
-            values.update(stage.update_score(score_step, self.steps * c.score_steps))
+            values.update(stage.update_score(score_step, of_steps))
         if generator_step >= 0:
             diagnose = generator_step % self.workspace.config.distill.diagnose_every == 0
             values.update(stage.update_generator(generator_step, c.steps, diagnose))
             if diagnose:
                 values["fake_net_lag"] = stage.fake_net_lag(step * c.score_steps)
-        if (step + 1) % self.workspace.config.log_every == 0:
+        if (c.anchor_steps + step + 1) % self.workspace.config.log_every == 0:
             values.update(stage.accuracy.take())
-        if stage.guard.skipped:
-            values["skipped"] = float(stage.guard.skipped)
-        return values
+        return values | self._skipped()
+
+    def _skipped(self) -> dict[str, float]:
+        skipped = self.stage.guard.skipped
+        return {"skipped": float(skipped)} if skipped else {}
 
     def validate(self, step: int, progress: Progress) -> None:
-        if 0 < step <= self.config.score_warmup_steps:
+        if self._measured_before(step):
             return
         weights: dict[str, dict[str, Tensor]] = {
             "raw": dict(self.stage.generator.named_parameters())
@@ -85,6 +101,11 @@ class DistillPhase:
                 self.best = {k: v.detach().clone() for k, v in values.items()}
         progress.say(f"{self.name} step {step}: {', '.join(shown)} (best: {self.best_of})")
         self.validator.show_samples(self.student(self.best), "student", step, progress)
+
+    def _measured_before(self, step: int) -> bool:
+        # ψ's warm-up leaves θ alone. What the anchor's updates made of it is measured once.
+        first = self.validate_every if self.config.anchor_steps else 1
+        return first <= step - self.config.anchor_steps <= self.config.score_warmup_steps
 
     def student(self, backbone: dict[str, Tensor]) -> Denoiser:
         """The student that holds the given backbone weights and the teacher's embeddings."""

@@ -1,4 +1,4 @@
-"""The three phases of a run, from configuration to model folders."""
+"""The phases of a run, from configuration to model folders."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
 from dlmone_fast.training.loop import run_phase
+from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
 from dlmone_fast.training.publish import publish
 from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import (
@@ -59,13 +60,14 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         resume: as for `train_teacher`; "never" keeps the run's own teacher.
     """
     workspace, folder = _open_with_teacher(config, teacher, "auto")
+    phases = _after_the_teacher(workspace.config)
     if resume == "never":
-        workspace.clear("stage1")
-        workspace.clear("stage2")
-    for phase in ("stage1", "stage2"):
+        for phase in phases:
+            workspace.clear(phase)
+    for phase in phases:
         unfinished = not workspace.finished(phase)
         _distill(workspace, phase, folder, resume)
-        # A given checkpoint belongs to the first unfinished stage.
+        # A given checkpoint belongs to the first unfinished phase.
         resume = "auto" if unfinished else resume
     return workspace.model("stage2")
 
@@ -81,7 +83,7 @@ def run(
 
     Args:
         config: see `dlmone_fast.resolve`.
-        phase: teacher, stage1, stage2, or all.
+        phase: teacher, pairs, stage1, stage2, or all (pairs only if the configuration has any).
         teacher: a model folder to distil instead of training a teacher.
         resume: "auto", "never" (start over), or the path of a checkpoint of `phase`.
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
@@ -97,6 +99,8 @@ def run(
         raise UsageError("a checkpoint to resume from needs its --phase; got --phase all")
     if teacher and phase == "teacher":
         raise UsageError("--teacher names a teacher to distil; it cannot go with --phase teacher")
+    if phase == "pairs" and not config.distill.pairs.count:
+        raise UsageError("--phase pairs has nothing to make: set --distill.pairs.count")
     if phase in ("stage2", "all"):
         _check_test_split(config)
     if phase in ("teacher", "all") and not teacher:
@@ -110,11 +114,11 @@ def run(
         workspace, folder = _open_with_teacher(
             config, teacher, "never" if start_over else "auto", started
         )
-    for stage in ("stage1", "stage2"):
-        if phase in (stage, "all"):
+    for name in _after_the_teacher(workspace.config):
+        if phase in (name, "all"):
             if resume == "never":
-                workspace.clear(stage)
-            _distill(workspace, stage, folder, "auto" if resume == "never" else resume)
+                workspace.clear(name)
+            _distill(workspace, name, folder, "auto" if resume == "never" else resume)
     students = [workspace.model(p) for p in ("stage2", "stage1") if workspace.finished(p)]
     return RunResult(
         workspace.root,
@@ -147,7 +151,21 @@ def _train_teacher(workspace: Workspace, resume: StrPath) -> None:
     publish(workspace, phase, phase.averaged(), f"EMA at step {phase.steps}")
 
 
+def _after_the_teacher(config: Config) -> tuple[str, ...]:
+    return ("pairs", "stage1", "stage2") if config.distill.pairs.count else ("stage1", "stage2")
+
+
+def _make_pairs(workspace: Workspace, teacher_folder: Path, resume: StrPath) -> None:
+    inputs = workspace.inputs(teacher=teacher_folder)
+    if not workspace.finished("pairs", inputs):
+        teacher = denoiser_from_folder(load_folder(teacher_folder)).to(workspace.device)
+        run_phase(PairsPhase(workspace, teacher, inputs), workspace, resume)
+
+
 def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrPath) -> None:
+    if name == "pairs":
+        _make_pairs(workspace, teacher_folder, resume)
+        return
     start_folder = teacher_folder if name == "stage1" else workspace.model("stage1")
     if name == "stage2" and not workspace.finished("stage1"):
         raise UsageError(
@@ -155,6 +173,9 @@ def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrP
             "there; run --phase stage1 first"
         )
     inputs = workspace.inputs(teacher=teacher_folder, start=start_folder)
+    pairs = None
+    if getattr(workspace.config.distill, name).anchored:
+        pairs, inputs["pairs"] = _pairs_of(workspace, name, teacher_folder)
     if workspace.finished(name, inputs):
         return
     workspace.limit.check(name)
@@ -162,9 +183,18 @@ def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrP
         denoiser_from_folder(load_folder(folder)).to(workspace.device)
         for folder in (teacher_folder, start_folder)
     )
-    phase = DistillPhase(workspace, int(name[-1]), teacher, start.lm.backbone, inputs)
+    phase = DistillPhase(workspace, int(name[-1]), teacher, start.lm.backbone, inputs, pairs)
     run_phase(phase, workspace, resume)
     publish(workspace, phase, phase.student(phase.best), phase.best_of)
+
+
+def _pairs_of(workspace: Workspace, name: str, teacher_folder: Path) -> tuple[Pairs, str]:
+    if not workspace.finished("pairs", workspace.inputs(teacher=teacher_folder)):
+        raise UsageError(
+            f"--phase {name} is anchored to the teacher's paired endpoints, and "
+            f"{workspace.checkpoints('pairs')} does not hold all of them; run --phase pairs first"
+        )
+    return load_pairs(workspace)
 
 
 def _open_with_teacher(

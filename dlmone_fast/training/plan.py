@@ -14,6 +14,7 @@ from dlmone_fast.networks import DiffusionLM, ScoreEstimator
 from dlmone_fast.networks.layers import count_parameters
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import SPECIAL_TOKENS
+from dlmone_fast.training.window import timestep_window
 
 _FP32 = 4
 
@@ -95,16 +96,35 @@ def estimate_flops(config: Config) -> int:
 
 
 def score_step_flops(model: ModelConfig, stage: StageConfig) -> int:
-    """FLOPs of one ψ update, in forward passes of a row: θ 1; ψ on generated text 3 (forward, and
-    backward twice that), and 3 on real text where the discriminator is trained."""
+    """FLOPs of one ψ update, in forward passes of a row: θ 1, and with `few_steps` K (K - 1) / 2
+    more on average; ψ on generated text 3 (forward, and backward twice that), and 3 on real text
+    where the discriminator is trained."""
     passes = 7 if stage.score_adversarial_weight else 4
-    return stage.batch_size * passes * forward_flops(model)
+    return stage.batch_size * (2 * passes + stage.few_steps - 1) * forward_flops(model) // 2
 
 
 def generator_step_flops(model: ModelConfig, stage: StageConfig) -> int:
-    """FLOPs of one θ update, in forward passes of a row: θ 3; φ and ψ 2 each, because frozen
-    networks need the gradient of their input only, as dear as one forward pass."""
-    return stage.batch_size * 7 * forward_flops(model)
+    """FLOPs of one θ update, in forward passes of a row: θ 3, and with `few_steps` K (K - 1) / 2
+    more on average; φ and ψ 2 each, because frozen networks need the gradient of their input only,
+    as dear as one forward pass."""
+    return stage.batch_size * (14 + stage.few_steps - 1) * forward_flops(model) // 2
+
+
+def anchor_step_flops(model: ModelConfig, stage: StageConfig) -> int:
+    """FLOPs of the anchor loss of one update: forward and backward of θ and of the decoder, whose
+    table is frozen (taken on all positions: an upper bound)."""
+    return stage.batch_size * (3 * forward_flops(model) + 2 * decoder_flops(model))
+
+
+def pair_flops(config: Config) -> int:
+    """FLOPs of one paired endpoint: the teacher's calls, and the rounding of the last one."""
+    model = config.model
+    return config.distill.pairs.steps * forward_flops(model) + decoder_flops(model)
+
+
+def pair_bytes(model: ModelConfig) -> int:
+    """Bytes of one stored pair: row, number of the noise, and ids of 16 bits if they suffice."""
+    return 8 + model.seq_len * (2 if model.vocab_size <= 1 << 16 else 4)
 
 
 def activation_bytes(model: ModelConfig, rows: int, element: int) -> int:
@@ -169,6 +189,8 @@ def describe(config: Config) -> str:
     counted = count(config)
     lines = [f"preset {config.preset}, task {config.data.task}", ""]
     lines += [*_parameter_lines(config, counted), "", *_teacher_lines(config, counted)]
+    if config.distill.pairs.count:
+        lines += ["", *_pair_lines(config)]
     for name in ("stage1", "stage2"):
         lines += ["", *_stage_lines(config, counted, name, getattr(config.distill, name))]
     sizes = checkpoint_bytes(counted)
@@ -212,18 +234,41 @@ def _teacher_lines(config: Config, counted: Parameters) -> list[str]:
     ]
 
 
+def _pair_lines(config: Config) -> list[str]:
+    c, flops = config.distill.pairs, pair_flops(config)
+    return [
+        f"pairs        {c.count:,} paired endpoints, {c.per_source:,} a source row, {c.steps} "
+        f"teacher calls each ({c.sampler}): {c.updates:,} updates of {c.batch_size:,}",
+        f"  FLOPs      {_flops(flops)} per pair, {_flops(flops * c.count)} in all",
+        f"  disk       {_bytes(c.count * pair_bytes(config.model))} a checkpoint",
+    ]
+
+
 def _stage_lines(config: Config, counted: Parameters, name: str, c: StageConfig) -> list[str]:
     score_updates = c.score_warmup_steps + c.steps * c.score_steps
     score = score_step_flops(config.model, c)
     generator = generator_step_flops(config.model, c)
     total = score * score_updates + generator * c.steps
-    return [
+    anchored = c.anchor_steps + c.anchored_updates
+    anchor = anchor_step_flops(config.model, c)
+    total += anchor * anchored
+    low, high = timestep_window(config)
+    lines = [
         f"{name:<12} {c.steps:,} θ and {score_updates:,} ψ steps of {c.batch_size:,} rows "
         f"(micro-batches of {c.micro_batch_size}): {c.steps * c.batch_size:,} samples seen by θ, "
         f"{score_updates * c.batch_size:,} by ψ",
         f"  FLOPs      ψ {_flops(score)}, θ {_flops(generator)} per step, {_flops(total)} in all",
         f"  memory     {_parts(stage_bytes(config, counted, c))}",
     ]
+    if anchored:
+        lines.insert(
+            1,
+            f"  anchor     {c.anchor_steps:,} updates of θ on pairs before, {c.anchored_updates:,} "
+            f"θ steps with pairs beside: {_flops(anchor)} each",
+        )
+    if (low, high) != (config.distill.t_min, config.distill.t_max):
+        lines.insert(1, f"  t          from [{low}, {high})")
+    return lines
 
 
 def _element(config: Config) -> int:

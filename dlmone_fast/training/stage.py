@@ -15,22 +15,31 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.config import DistillConfig, StageConfig
-from dlmone_fast.data.batches import BatchStream, batch
+from dlmone_fast.data.batches import BatchStream, Rows, batch
 from dlmone_fast.diffusion import Draw
 from dlmone_fast.kernels.distillation_loss import distillation_loss, weight_floor
+from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
 from dlmone_fast.kernels.noise import Stream, normal, uniform_integers
 from dlmone_fast.losses.adversarial import discriminator_loss, generator_adversarial_loss
+from dlmone_fast.losses.anchor import anchor_loss
 from dlmone_fast.losses.distillation import score_matching_loss
+from dlmone_fast.losses.padding import behind_end, thin_padding
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.networks import Backbone, ScoreEstimator
-from dlmone_fast.samplers.one_step import generate_embeddings
+from dlmone_fast.samplers.one_step import generate_embeddings, generate_mixture
 from dlmone_fast.training.diagnostics import DiscriminatorAccuracy, gradient_norms
 from dlmone_fast.training.loop import reseed_dropout
 from dlmone_fast.training.optim import Ema, UpdateGuard, adamw, learning_rate, set_learning_rate
+from dlmone_fast.training.pairs_phase import Pairs
 from dlmone_fast.training.teacher_phase import autocast
+from dlmone_fast.training.window import timestep_window
 from dlmone_fast.training.workspace import Workspace
 
 _HELD_OUT_STEP = 1 << 31
+# More than any batch has (see the configuration): what is added to a slot to name other draws.
+_LARGEST_BATCH = 1 << 20
+# Beyond the micro-batches of ψ's and θ's own updates.
+_ANCHOR_MICRO_BATCH = _LARGEST_BATCH
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Stage:
         teacher: Denoiser,
         start: Backbone,
         seed: int,
+        pairs: Pairs | None = None,
     ) -> None:
         self.workspace, self.config, self.seed = workspace, config, seed
         self.shared: DistillConfig = workspace.config.distill
@@ -95,8 +105,13 @@ class Stage:
         self.fake_rows, self.real_rows, self.generator_rows = (
             BatchStream(self.cache, seed, config.batch_size, stream) for stream in streams
         )
+        self.pairs = pairs
+        if pairs is not None:
+            self.pair_order = BatchStream(pairs, seed, config.batch_size, Stream.ANCHOR_ORDER)
+        self.window = timestep_window(workspace.config)
         # Frozen during distillation: normalised once.
-        self.table = teacher.embedding.detach()
+        self.vocabulary = Vocabulary(teacher.embedding.detach())
+        self.table = self.vocabulary.table
         self.weight_floor = weight_floor(config.weight_floor, self.table)
 
     def update_score(self, step: int, of_steps: int) -> dict[str, float]:
@@ -133,6 +148,7 @@ class Stage:
         self.score.eval().requires_grad_(False)
         values: dict[str, float] = {}
         total = self._zero()
+        anchor_weight = self.anchor_weight(step)
         for index, part in enumerate(self._micro_batches()):
             reseed_dropout(self.seed, 2 * step + 1, index)
             at = self._generator_losses(step, part)
@@ -147,13 +163,42 @@ class Stage:
                 values[name] = values.get(name, 0.0) + float(term.detach().sum())
             spread = float(at.weight.median() / at.weight.min())
             values["weight_max_over_median"] = max(values.get("weight_max_over_median", 0), spread)
-        norm = self.guard.apply(
-            "generator", total, self.generator_optimizer, c.clip_norm, c.clip_value
-        )
-        if norm is not None:
-            values["generator_gradient_norm"] = norm
-            self.ema.update(self.generator, step)
-        return values
+            if anchor_weight:
+                anchor = self._anchor_losses(c.anchor_steps + step, part).sum() / c.batch_size
+                (anchor_weight * anchor).backward()
+                total += anchor_weight * anchor.detach()
+                values["anchor"] = values.get("anchor", 0.0) + float(anchor.detach())
+        return values | self._apply_to_generator(total, step)
+
+    def update_anchor(self, step: int) -> dict[str, float]:
+        """One update of θ alone, towards the teacher's endpoints of the same noises."""
+        c = self.config
+        rate = learning_rate(c.anchor_learning_rate, step, c.anchor_steps, 0, c.decay)
+        set_learning_rate(self.generator_optimizer, rate)
+        self.generator.train(c.generator_dropout)
+        total = self._zero()
+        for index, part in enumerate(self._micro_batches()):
+            reseed_dropout(self.seed, step, _ANCHOR_MICRO_BATCH + index)
+            loss = self._anchor_losses(step, part).sum() / c.batch_size
+            loss.backward()
+            total += loss.detach()
+        return {"anchor": float(total), **self._apply_to_generator(total, step)}
+
+    def end_anchor(self) -> None:
+        """Start the stage itself from θ as it is now, with a fresh optimiser and average.
+
+        The anchor's gradients are far larger than the stage's own: their second moments would
+        hold back its first 1 / (1 - beta2) updates. The average would still remember φ.
+        """
+        self.generator_optimizer.state.clear()
+        self.ema = Ema(self.generator, self.config.ema_decay, self.config.ema_warmup)
+
+    def anchor_weight(self, step: int) -> float:
+        """Weight of the anchor loss in θ update `step` of the stage itself."""
+        c = self.config
+        if step >= c.anchored_updates:
+            return 0.0
+        return c.anchor_weight * (1 - step / c.anchor_decay_steps)
 
     @torch.no_grad()
     def fake_net_lag(self, step: int) -> float:
@@ -170,7 +215,7 @@ class Stage:
         noise = self._draw(Stream.SCORE_FAKE_NOISE, step, slots)
         real = self._conditions(self.real_rows, step, slots)
         fake = self._conditions(self.fake_rows, step, slots)
-        x_fake = self._generate(fake, step, Stream.SCORE_LATENT)
+        x_fake = self._generate(fake, step, Stream.SCORE_LATENT, Stream.SCORE_CALLS)
         time = self.schedule.network_time(t)
         with autocast(self.workspace):
             x0_fake, _ = self.score(self.schedule.q_sample(x_fake, t, noise, fake.mask), time)
@@ -182,23 +227,25 @@ class Stage:
     def _score_losses(self, step: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         fake = self._conditions(self.fake_rows, step, slots)
         with torch.no_grad():
-            x = self._generate(fake, step, Stream.SCORE_LATENT)
+            x = self._generate(fake, step, Stream.SCORE_LATENT, Stream.SCORE_CALLS)
             x = self._with_embedding_noise(x, fake, step, Stream.EMBEDDING_NOISE)
+            kept = self._kept(fake, x, step, Stream.FAKE_PAD)
         # One t for real and generated, separate noise (Algorithm 1).
         t = self._draw_t(Stream.SCORE_TIMESTEP, step, slots)
         time = self.schedule.network_time(t)
         noise = self._draw(Stream.SCORE_FAKE_NOISE, step, slots)
         with autocast(self.workspace):
             x0, fake_logits = self.score(self.schedule.q_sample(x, t, noise, fake.mask), time)
-            dsm = score_matching_loss(x, x0, fake.mask)
+            dsm = score_matching_loss(x, x0, kept)
             if not self.config.score_adversarial_weight:
                 return dsm, torch.zeros_like(dsm)
             real = self._conditions(self.real_rows, step, slots)
             _, real_logits = self.score(self._noised_text(real, t, step), time)
-        self.accuracy.add(t, real_logits, real.mask, fake_logits, fake.mask)
+        kept_real = self._kept(real, None, step, Stream.REAL_PAD)
+        self.accuracy.add(t, real_logits, kept_real, fake_logits, kept)
         clamp = self.shared.logit_clamp
         scale = self.config.adversarial_scale
-        loss = discriminator_loss(real_logits, real.mask, fake_logits, fake.mask, clamp)
+        loss = discriminator_loss(real_logits, kept_real, fake_logits, kept, clamp)
         return dsm, scale * loss
 
     def _noised_text(self, real: Conditions, t: Tensor, step: int) -> Tensor:
@@ -211,7 +258,7 @@ class Stage:
     def _generator_losses(self, step: int, slots: Tensor) -> GeneratorTerms:
         c = self.config
         given = self._conditions(self.generator_rows, step, slots)
-        x = self._generate(given, step, Stream.GENERATOR_LATENT)
+        x = self._generate(given, step, Stream.GENERATOR_LATENT, Stream.GENERATOR_CALLS)
         t = self._draw_t(Stream.GENERATOR_TIMESTEP, step, slots)
         noise = self._draw(Stream.GENERATOR_NOISE, step, slots)
         x_noised = self._with_embedding_noise(x, given, step, Stream.GENERATOR_EMBEDDING_NOISE)
@@ -219,40 +266,85 @@ class Stage:
         with autocast(self.workspace):
             x0_teacher = self.teacher(x_t.detach() if c.form == "kl" else x_t, t)
             x0_score, logits = self.score(x_t, self.schedule.network_time(t))
+        kept = self._kept(given, x, step, Stream.GENERATOR_PAD)
         sid, weight = distillation_loss(
-            x, x0_teacher, x0_score, given.mask,
+            x, x0_teacher, x0_score, kept,
             form=c.form, mu=c.mu, weight_floor=self.weight_floor,
             multiplier=c.sid_weight * c.sid_scale / c.batch_size,
         )  # fmt: skip
         if not c.generator_adversarial_weight or step < c.adversarial_warmup_steps:
             return GeneratorTerms(sid, torch.zeros_like(sid), x, given.mask, weight)
-        adversarial = generator_adversarial_loss(logits, given.mask, self.shared.logit_clamp)
+        adversarial = generator_adversarial_loss(logits, kept, self.shared.logit_clamp)
         if self.shared.divide_by_weight:
             adversarial = adversarial / weight
         scale = c.generator_adversarial_weight * c.adversarial_scale / c.batch_size
         adversarial = scale * adversarial
         return GeneratorTerms(sid, adversarial, x, given.mask, weight)
 
-    def _generate(self, given: Conditions, step: int, stream: Stream) -> Tensor:
+    def _anchor_losses(self, step: int, slots: Tensor) -> Tensor:
+        """The anchor loss [B] of pairs, θ being called once."""
+        assert self.pairs is not None
+        which = torch.from_numpy(self.pair_order.batch_rows(step))[slots]
+        given = self._conditions_of(self.pairs.rows[which].long().numpy(), slots)
+        ids = self.pairs.ids[which].long().to(self.workspace.device)
+        z = self.pairs.latents(which, self.table.shape[1], self.workspace.device)
+        x = generate_embeddings(
+            self._predict, self.schedule, self.shared.t_init, 1, given.embeddings, given.mask,
+            lambda _: z, self.shared.scale_latent,
+        )  # fmt: skip
+        weights = None
+        if self.shared.pad_weight < 1:
+            behind = behind_end(ids, given.mask, self.workspace.tokenizer.sep_id)
+            weights = torch.where(behind, self.shared.pad_weight, 1.0)
+        with autocast(self.workspace):
+            return anchor_loss(
+                self.teacher.lm.tokens, self.table, x, ids, given.mask, weights,
+                self.config.anchor_mse_weight,
+            )  # fmt: skip
+
+    def _generate(self, given: Conditions, step: int, stream: Stream, calls: Stream) -> Tensor:
         """G_θ(z, source): generated targets beside the clean source, float32 [B, L, d]."""
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            with autocast(self.workspace):
-                x0: Tensor = self.generator(x, self.schedule.network_time(t))
-                return x0
-
         length, width = given.embeddings.shape[1:]
-        device = self.workspace.device
-        return generate_embeddings(
-            predict,
-            self.schedule,
-            self.shared.t_init,
-            1,
-            given.embeddings,
-            given.mask,
-            lambda _: normal(self.seed, stream, given.slots, step, length, width, device),
-            self.shared.scale_latent,
-        )
+        device, few = self.workspace.device, self.config.few_steps
+
+        def noise(call: int) -> Tensor:
+            # A batch has fewer slots than that: no two calls share their noise.
+            sample = given.slots + call * _LARGEST_BATCH
+            return normal(self.seed, stream, sample, step, length, width, device)
+
+        if few == 1:
+            return generate_embeddings(
+                self._predict, self.schedule, self.shared.t_init, 1,
+                given.embeddings, given.mask, noise, self.shared.scale_latent,
+            )  # fmt: skip
+        number = uniform_integers(self.seed, calls, given.slots, step, 1, few + 1)
+        return generate_mixture(
+            self._predict, self._draft, self.schedule, self.shared.t_init, few, number,
+            given.embeddings, given.mask, noise, self.shared.scale_latent,
+        )  # fmt: skip
+
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        with autocast(self.workspace):
+            x0: Tensor = self.generator(x, self.schedule.network_time(t))
+            return x0
+
+    def _draft(self, x: Tensor, t: Tensor) -> Tensor:
+        # What inference re-noises was made without dropout.
+        training = self.generator.training
+        self.generator.eval()
+        x0 = self._predict(x, t)
+        self.generator.train(training)
+        return x0
+
+    def _kept(self, given: Conditions, x: Tensor | None, step: int, stream: Stream) -> Tensor:
+        """The mask [B, L] of the losses on generated x, or on the rows' own text: the target, with
+        `pad_weight` of what lies behind the end of the text."""
+        share = self.shared.pad_weight
+        if share == 1:
+            return given.mask
+        ids = given.ids if x is None else nearest_token(x, self.vocabulary)
+        behind = behind_end(ids, given.mask, self.workspace.tokenizer.sep_id)
+        return thin_padding(given.mask, behind, share, self.seed, stream, step, given.slots)
 
     def _with_embedding_noise(
         self, x: Tensor, given: Conditions, step: int, stream: Stream
@@ -266,7 +358,9 @@ class Stage:
         return list(torch.arange(c.batch_size).split(c.micro_batch_size))
 
     def _conditions(self, stream: BatchStream, step: int, slots: Tensor) -> Conditions:
-        rows = stream.batch_rows(step)[slots.numpy()]
+        return self._conditions_of(stream.batch_rows(step)[slots.numpy()], slots)
+
+    def _conditions_of(self, rows: Rows, slots: Tensor) -> Conditions:
         length = self.teacher.config.seq_len
         ids, mask = batch(self.cache, rows, length, self.workspace.tokenizer)
         ids, mask = ids.to(self.workspace.device), mask.to(self.workspace.device)
@@ -276,8 +370,18 @@ class Stage:
         return Draw(self.seed, stream, slots, step)
 
     def _draw_t(self, stream: Stream, step: int, slots: Tensor) -> Tensor:
-        low, high = self.shared.t_min, self.shared.t_max
-        return uniform_integers(self.seed, stream, slots, step, low, high).to(self.workspace.device)
+        t = uniform_integers(self.seed, stream, slots, step, *self.window)
+        return t.to(self.workspace.device)
+
+    def _apply_to_generator(self, loss: Tensor, step: int) -> dict[str, float]:
+        c = self.config
+        norm = self.guard.apply(
+            "generator", loss, self.generator_optimizer, c.clip_norm, c.clip_value
+        )
+        if norm is None:
+            return {}
+        self.ema.update(self.generator, step)
+        return {"generator_gradient_norm": norm}
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.workspace.device)

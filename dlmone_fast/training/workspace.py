@@ -4,7 +4,8 @@ RUN/config.toml          the resolved configuration
 RUN/tokenizer.json
 RUN/data/                rows of a generated task
 RUN/cache/               token caches
-RUN/checkpoints/PHASE/   training checkpoints of teacher, stage1, stage2
+RUN/checkpoints/PHASE/   training checkpoints of teacher, pairs, stage1, stage2; the last one of
+                         pairs is what that phase ends with
 RUN/teacher/ RUN/stage1/ RUN/stage2/    model folders
 RUN/metrics.jsonl
 """
@@ -26,6 +27,7 @@ from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
 from dlmone_fast.errors import CheckpointError, ConfigError, DataError
 from dlmone_fast.files import write_atomically
+from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import unwritable
@@ -33,8 +35,9 @@ from dlmone_fast.runtime.loading import pick_device
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.signals import TimeLimit
+from dlmone_fast.training.window import timestep_window
 
-PHASES = ("teacher", "stage1", "stage2")
+PHASES = ("teacher", "pairs", "stage1", "stage2")
 
 _GENERATED_ROWS = 1000
 
@@ -96,17 +99,34 @@ class Workspace:
         for folder in (self.checkpoints(phase), self.model(phase)):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def newest(self, phase: str) -> Path | None:
+        """The newest intact checkpoint of a phase."""
+        return find_latest(self.checkpoints(phase))[0]
+
     def finished(self, phase: str, inputs: dict[str, str] | None = None) -> bool:
-        """Whether a phase has written its model folder.
+        """Whether a phase has written what it ends with: its model folder, or all pairs.
 
         Raises:
             ConfigError: it did so from other inputs than the given ones.
         """
+        if phase == "pairs":
+            return self._has_pairs(inputs)
         folder = self.model(phase)
         if not (folder / MANIFEST_NAME).exists():
             return False
         if inputs is not None:
             check_inputs(folder, load_folder(folder).config.get("source", {}).get("inputs"), inputs)
+        return True
+
+    def _has_pairs(self, inputs: dict[str, str] | None) -> bool:
+        newest = self.newest("pairs")
+        if newest is None:
+            return False
+        checkpoint = load_checkpoint(newest)
+        if checkpoint.step < self.config.distill.pairs.updates:
+            return False
+        if inputs is not None:
+            check_inputs(newest, checkpoint.state.get("inputs"), inputs)
         return True
 
 
@@ -126,7 +146,8 @@ def open_workspace(
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration, or the vocabulary differs.
+        ConfigError: the folder holds a run of another configuration, the vocabulary differs, or
+            leaves no timestep for distillation.
         DataError: data files are missing or malformed.
         ModelFileError: the folder cannot be written (CheckpointError), or its tokenizer.
     """
@@ -140,6 +161,7 @@ def open_workspace(
     if tokenizer is None:
         tokenizer = _tokenizer(config, root, data_dir)
     config = with_vocabulary(config, tokenizer)
+    timestep_window(config)
     _check_same_run(root, config)
     with writing(root / "config.toml"):
         write_atomically(root / "config.toml", [to_toml(config).encode()])

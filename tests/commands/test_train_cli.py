@@ -116,6 +116,32 @@ def test_the_plan_shows_what_self_conditioning_adds(capsys: pytest.CaptureFixtur
     assert "self-conditioning" not in capsys.readouterr().out
 
 
+def test_the_plan_counts_what_the_options_of_distillation_cost(
+    capsys: pytest.CaptureFixture[str],
+):
+    base = resolve("grammar", model={"vocab_size": 199})
+    forward, decoder = plan.forward_flops(base.model), plan.decoder_flops(base.model)
+    stage = dataclasses.replace(base.distill.stage1, few_steps=5)
+    # Calls 1 … 5, drawn evenly: two more than one on average.
+    for cost in (plan.score_step_flops, plan.generator_step_flops):
+        assert cost(base.model, stage) == cost(base.model, base.distill.stage1) + 64 * 2 * forward
+    assert plan.anchor_step_flops(base.model, stage) == 64 * (3 * forward + 2 * decoder)
+    assert plan.pair_flops(base) == 20 * forward + decoder
+    assert plan.pair_bytes(base.model) == 4 + 4 + 2 * 28
+    train.main(["--dry-run"])
+    printed = capsys.readouterr().out
+    assert not any(word in printed for word in ("pairs", "anchor", "  t  "))
+    train.main(
+        ["--distill.pairs.count", "4096", "--distill.stage1.anchor-steps", "300",
+         "--distill.decodable-margin", "2", "--dry-run"]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "4,096 paired endpoints, 4 a source row, 20 teacher calls each (ddim)" in printed
+    assert "256 KiB a checkpoint" in printed
+    assert "300 updates of θ on pairs before" in printed
+    assert re.search(r"  t          from \[\d+, 1976\)", printed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

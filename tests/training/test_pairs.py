@@ -1,0 +1,197 @@
+"""The teacher's paired endpoints: what they are, and that they are made once and exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlmone_fast.config import Config, to_toml
+from dlmone_fast.data.batches import batch
+from dlmone_fast.data.rows import load_rows
+from dlmone_fast.errors import CheckpointError, ConfigError, UsageError
+from dlmone_fast.kernels.noise import Stream, normal, permutation
+from dlmone_fast.models.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from dlmone_fast.models.denoiser import load_teacher
+from dlmone_fast.runtime import GenerationSettings, Generator, executor
+from dlmone_fast.training import RunResult, distill, run
+from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
+from dlmone_fast.training.workspace import Workspace, open_workspace
+
+Make = Callable[..., Config]
+PAIRS = {"count": 14, "per_source": 3, "steps": 4, "batch_size": 4, "save_every": 2}
+
+
+class CrashError(Exception):
+    """Something outside the program's control."""
+
+
+def made(workspace: Workspace) -> Pairs:
+    return load_pairs(workspace)[0]
+
+
+def same(a: Pairs, b: Pairs) -> bool:
+    tensors = zip((a.rows, a.samples, a.ids), (b.rows, b.samples, b.ids), strict=True)
+    return a.seed == b.seed and all(torch.equal(x, y) for x, y in tensors)
+
+
+@pytest.fixture
+def config(tiny: Make, tmp_path: Path) -> Config:
+    return tiny(tmp_path / "run", distill={"pairs": PAIRS})
+
+
+@pytest.fixture(scope="session")
+def whole(tiny: Make, finished: RunResult, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Pairs made without interruption. Do not write to it."""
+    root = tmp_path_factory.mktemp("pairs") / "run"
+    config = tiny(root, distill={"pairs": PAIRS})
+    return run(config, "pairs", teacher=finished.root / "teacher").workspace
+
+
+def test_rows_come_in_a_seeded_order_each_with_its_own_noises(whole: Workspace) -> None:
+    pairs = made(whole)
+    order = permutation(pairs.seed, Stream.PAIR_ORDER, 0, 300)
+    assert pairs.rows.tolist() == order[:5].repeat_interleave(3)[:14].tolist()
+    assert pairs.samples.tolist() == ([0, 1, 2] * 5)[:14]
+    assert (pairs.ids.dtype, pairs.ids.shape) == (torch.uint16, (14, 28))
+    z = pairs.latents(torch.tensor([4, 13]), 16, torch.device("cpu"))
+    for of_pair, index in zip(z, (4, 13), strict=True):
+        draw = (int(pairs.rows[index]), int(pairs.samples[index]))
+        assert torch.equal(of_pair, normal(pairs.seed, Stream.PAIR_LATENT, *draw, 28, 16)[0])
+    assert not torch.equal(z[0], z[1])
+
+
+def test_a_second_epoch_brings_new_noises_of_the_same_rows(
+    tiny: Make, finished: RunResult, tmp_path: Path
+) -> None:
+    count = {"count": 604, "per_source": 2, "steps": 1, "batch_size": 604}
+    config = tiny(tmp_path / "run", distill={"pairs": count})
+    pairs = made(run(config, "pairs", teacher=finished.root / "teacher").workspace)
+    again = permutation(pairs.seed, Stream.PAIR_ORDER, 1, 300)[:2]
+    assert pairs.rows[600:].tolist() == again.repeat_interleave(2).tolist()
+    assert pairs.samples[600:].tolist() == [2, 3, 2, 3]
+    assert len(set(zip(pairs.rows.tolist(), pairs.samples.tolist(), strict=True))) == 604
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+def test_an_endpoint_is_what_the_teacher_generates_from_the_same_noise(
+    tiny: Make,
+    finished: RunResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+) -> None:
+    assert finished.teacher is not None
+    config = tiny(tmp_path / "run", distill={"pairs": {**PAIRS, "sampler": sampler}})
+    workspace = run(config, "pairs", teacher=finished.teacher).workspace
+    pairs = made(workspace)
+    rows = load_rows(workspace.data_dir, "train")
+    settings = GenerationSettings(kind="teacher", sampler=sampler, steps=4, max_source_tokens=14)
+    generator = Generator(load_teacher(finished.teacher), workspace.tokenizer, settings)
+    z = pairs.latents(slice(0, 14), 16, torch.device("cpu"))
+    monkeypatch.setattr(executor, "_noise_of", lambda *_: lambda step: z)
+    found = generator.generate_candidates(
+        [rows[row].src for row in pairs.rows.tolist()], seeds=[0] * 14, progress=False
+    )
+    ids, mask = batch(workspace.cache("train"), pairs.rows.long(), 28, workspace.tokenizer)
+    for index, (target,) in enumerate(found.token_ids):
+        assert pairs.ids[index].long()[mask[index] != 0].tolist() == target
+    # The source's own ids stand beside them.
+    assert torch.equal(pairs.ids.long()[mask == 0], ids[mask == 0])
+    assert len({tuple(target) for (target,) in found.token_ids}) > 7
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_pairs_interrupted_after_any_update_are_the_uninterrupted_ones(
+    config: Config,
+    whole: Workspace,
+    finished: RunResult,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+) -> None:
+    teacher, original = finished.root / "teacher", PairsPhase.update
+
+    def update(self: PairsPhase, step: int) -> dict[str, float]:
+        values = original(self, step)
+        if step == at:
+            raise CrashError
+        return values
+
+    monkeypatch.setattr(PairsPhase, "update", update)
+    with pytest.raises(CrashError):
+        run(config, "pairs", teacher=teacher)
+    monkeypatch.setattr(PairsPhase, "update", original)
+    workspace = run(config, "pairs", teacher=teacher).workspace
+    assert same(made(workspace), made(whole))
+    assert [step for step, _ in list_checkpoints(workspace.checkpoints("pairs"))] == [2, 4]
+
+
+def test_finished_pairs_are_not_made_again_and_no_model_is_published(
+    whole: Workspace, finished: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PairsPhase, "update", lambda *_: pytest.fail("made again"))
+    result = run(whole.config, "pairs", teacher=finished.root / "teacher")
+    assert result.student is None
+    assert not (whole.root / "pairs").exists()
+    other = finished.root / "stage1"
+    with pytest.raises(ConfigError, match=r"step-00000004: was made from another teacher"):
+        run(whole.config, "pairs", teacher=other)
+
+
+def test_starting_over_makes_the_pairs_again(
+    config: Config, finished: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, seen = finished.root / "teacher", []
+    original = PairsPhase.update
+
+    def update(self: PairsPhase, step: int) -> dict[str, float]:
+        seen.append(step)
+        return original(self, step)
+
+    monkeypatch.setattr(PairsPhase, "update", update)
+    for resume in ("auto", "auto", "never"):
+        run(config, "pairs", teacher=teacher, resume=resume)
+    assert seen == [0, 1, 2, 3] * 2
+    distill(config, teacher, resume="never")
+    assert seen == [0, 1, 2, 3] * 3
+
+
+def test_pairs_of_other_settings_are_refused(
+    tiny: Make, whole: Workspace, finished: RunResult, tmp_path: Path
+) -> None:
+    path = list_checkpoints(whole.checkpoints("pairs"))[0][1]
+    for name, changes in (("seed", {"seed": 5}), ("steps", {"distill": {"pairs": {"steps": 3}}})):
+        pairs = {**PAIRS, **changes.get("distill", {}).get("pairs", {})}
+        config = tiny(tmp_path / name, **{**changes, "distill": {"pairs": pairs}})
+        workspace = open_workspace(config)
+        phase = PairsPhase(workspace, load_teacher(finished.root / "teacher"), {})
+        with pytest.raises(CheckpointError, match="its pairs were made with"):
+            phase.restore(load_checkpoint(path))
+
+
+def test_phases_that_need_pairs_say_so(
+    tiny: Make, finished: RunResult, tmp_path: Path, config: Config
+) -> None:
+    teacher = finished.root / "teacher"
+    with pytest.raises(UsageError, match=r"has nothing to make: set --distill\.pairs\.count"):
+        run(tiny(tmp_path / "none"), "pairs", teacher=teacher)
+    anchored: dict[str, Any] = {"pairs": PAIRS, "stage1": {"anchor_steps": 2}}
+    with pytest.raises(UsageError, match="does not hold all of them; run --phase pairs first"):
+        run(tiny(tmp_path / "anchored", distill=anchored), "stage1", teacher=teacher)
+    # Half of the pairs are not all of them.
+    workspace = open_workspace(tiny(tmp_path / "half", distill=anchored))
+    phase = PairsPhase(workspace, load_teacher(teacher), workspace.inputs(teacher=teacher))
+    for step in (0, 1):
+        phase.update(step)
+    tensors, state = phase.state()
+    assert len(tensors["pairs"]["ids"]) == 8
+    save_checkpoint(
+        workspace.checkpoints("pairs"), 2, tensors,
+        {**state, "phase": "pairs", "inputs": phase.inputs}, to_toml(workspace.config),
+    )  # fmt: skip
+    assert not workspace.finished("pairs")
+    with pytest.raises(UsageError, match="run --phase pairs first"):
+        run(workspace.config, "stage1", teacher=teacher)
