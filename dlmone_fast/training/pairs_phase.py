@@ -96,6 +96,7 @@ class PairsPhase:
         x = sample(
             self._predict, self.teacher.schedule, self.options, source, mask, lambda _: z,
             lambda x: self.vocabulary.table[nearest_token(x, self.vocabulary)],
+            self_conditioning=self.teacher.config.self_conditioning,
         )  # fmt: skip
         target = mask != 0
         ids[target] = nearest_token(x[target], self.vocabulary)
@@ -103,9 +104,9 @@ class PairsPhase:
         self.made = min(which.stop, len(self.pairs))
         return {"pairs": float(self.made)}
 
-    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, estimate: Tensor | None = None) -> Tensor:
         with autocast(self.workspace):
-            x0: Tensor = self.teacher(x, t)
+            x0: Tensor = self.teacher(x, t, estimate)
             return x0
 
     def _conditions(self, which: slice) -> tuple[Tensor, Tensor]:
