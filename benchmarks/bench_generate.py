@@ -49,36 +49,46 @@ def test_generate(
 
 
 @pytest.mark.shapes(cases.BATCHES)
-def test_generate_scaling_with_batch(whole: Race, shape: Point, device: torch.device) -> None:
+def test_generate_scaling_with_batch(
+    whole: Race, shape: Point, device: torch.device, gate: TrainedGate
+) -> None:
     """Time against the number of prompts."""
-    _time_point(whole, shape, device)
+    _time_point(whole, shape, device, gate)
 
 
 @pytest.mark.shapes(cases.LENGTHS)
-def test_generate_scaling_with_length(whole: Race, shape: Point, device: torch.device) -> None:
+def test_generate_scaling_with_length(
+    whole: Race, shape: Point, device: torch.device, gate: TrainedGate
+) -> None:
     """Time against the network's length."""
-    _time_point(whole, shape, device)
+    _time_point(whole, shape, device, gate)
 
 
 @pytest.mark.shapes(cases.VOCABULARIES)
-def test_generate_scaling_with_vocabulary(whole: Race, shape: Point, device: torch.device) -> None:
+def test_generate_scaling_with_vocabulary(
+    whole: Race, shape: Point, device: torch.device, gate: TrainedGate
+) -> None:
     """Time against the number of words that rounding searches."""
-    _time_point(whole, shape, device)
+    _time_point(whole, shape, device, gate)
 
 
 @pytest.mark.shapes(cases.CANDIDATES)
-def test_generate_scaling_with_candidates(whole: Race, shape: Point, device: torch.device) -> None:
+def test_generate_scaling_with_candidates(
+    whole: Race, shape: Point, device: torch.device, gate: TrainedGate
+) -> None:
     """Time against the candidates of one prompt, the choice of one of them included."""
-    _time_point(whole, shape, device, candidate_calls)
+    _time_point(whole, shape, device, gate, candidate_calls)
 
 
 @pytest.mark.shapes(cases.threads_up_to(os.cpu_count() or 1))
-def test_generate_scaling_with_threads(whole: Race, shape: Point, device: torch.device) -> None:
+def test_generate_scaling_with_threads(
+    whole: Race, shape: Point, device: torch.device, gate: TrainedGate
+) -> None:
     """Time against the number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(shape.value)
     try:
-        _time_point(whole, shape, device)
+        _time_point(whole, shape, device, gate)
     finally:
         torch.set_num_threads(before)
 
@@ -87,11 +97,12 @@ def _time_point(
     race: Race,
     point: Point,
     device: torch.device,
+    gate: TrainedGate,
     instead: Callable[[Own, Peer, int], tuple[Call, Call]] | None = None,
 ) -> None:
     case, model = point.case, cases.model(point.case.config, device)
     found = _contenders(model, Path(), torch.get_num_threads())
-    lineup = Lineup(model, case.batch)
+    lineup = Lineup(model, case.batch, gate)
     own = next(c for c in found if isinstance(c, Own) and lineup.add(c, parts=False))
     plain = next(c for c in found if isinstance(c, Peer) and c.name == names.EAGER_FP32)
     lineup.add(plain, parts=False)

@@ -6,6 +6,7 @@ pytest benchmarks --benchmark-only [-k kernels|generate|alternatives|latency|tra
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ _SHORT_SECONDS = 0.02
 _ROWS = pytest.StashKey[list[records.Row]]()
 _MACHINE = pytest.StashKey[Machine]()
 _DEVICE = pytest.StashKey[torch.device]()
+_LOAD = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[_DEVICE] = torch.device(name)
     config.stash[_ROWS] = []
+    config.stash[_LOAD] = os.getloadavg()[0]
     config.addinivalue_line("markers", "shapes(by_device): the `shape`s to time on each device")
 
 
@@ -139,7 +142,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for suite in (targets.TARGETS, generate_targets.TARGETS, latency_study.TARGETS)
         for outcome in targets.judge(rows, device.type, found.copy, suite)
     ]
-    record = records.record(device, found.record(), rows, judged)
+    record = records.record(device, found.record(), rows, judged, config.stash[_LOAD])
     terminalreporter.section("dlmone_fast beside its peers")
     terminalreporter.write_line(tables.markdown(record))
     if config.getoption("save_records"):

@@ -60,9 +60,6 @@ class EncoderDecoder(nn.Module):
         )
         return F.linear(hidden, self.embedding.weight)
 
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def _embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.embedding(ids) + self.positions.weight[: ids.shape[1]]
         return embedded

@@ -13,6 +13,7 @@ n: texts).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit code."""
     options = _parser().parse_args(arguments)
     check_counts(options)
+    load = os.getloadavg()[0]
     pair = open_pair(options)
     pair.check_vocabulary()
     rows = measure_pair(pair, options, lambda line: print(line, file=sys.stderr))
     print(f"{_heading(pair, options)}\n\n{table(rows, pair.is_grammar).markdown()}")
     if options.save_records:
-        print(f"record: {_save(pair.student.device, rows)}", file=sys.stderr)
+        print(f"record: {_save(pair.student.device, rows, load)}", file=sys.stderr)
     return 0
 
 
@@ -220,9 +222,9 @@ def _heading(pair: Pair, options: argparse.Namespace) -> str:
     )
 
 
-def _save(device: torch.device, rows: list[Row]) -> Path:
+def _save(device: torch.device, rows: list[Row], load: float) -> Path:
     machine = measure_machine(device, records.device_name(device), Stopwatch(device))
-    return records.save(records.record(device, machine.record(), rows, []))
+    return records.save(records.record(device, machine.record(), rows, [], load))
 
 
 def _number(value: float) -> str:

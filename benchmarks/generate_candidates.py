@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from sacrebleu.metrics import BLEU
 
 from benchmarks.generate_cases import Model
 from benchmarks.generate_ours import Own
@@ -62,6 +61,8 @@ def complaint(own: Own, found: GenerationOutput, expected: Sequence[str]) -> str
 
 def summed_bleu(texts: Sequence[str]) -> list[float]:
     """sacreBLEU's sentence BLEU of each text against each other one, added up."""
+    from sacrebleu.metrics import BLEU
+
     bleu = BLEU(effective_order=True)
     return [
         sum(bleu.sentence_score(text, [other]).score for j, other in enumerate(texts) if j != i)

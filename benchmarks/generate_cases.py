@@ -136,14 +136,18 @@ def prompts(count: int) -> list[str]:
     return texts
 
 
+def _few_prompts() -> list[str]:
+    return prompts(2)
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model in memory, on its device.
 
     Attributes:
         texts: so many prompts for it.
-        calibration_prompts: how many of them int8 is calibrated on. Few for random models: what a
-            call costs does not depend on them, and each costs many calls.
+        calibration: what int8 is calibrated on. Few prompts for random models: what a call costs
+            does not depend on them, and each costs many calls.
     """
 
     denoiser: Denoiser
@@ -151,7 +155,7 @@ class Model:
     settings: GenerationSettings
     vocabulary: Vocabulary
     texts: Callable[[int], list[str]] = prompts
-    calibration_prompts: int = 2
+    calibration: Callable[[], list[str]] = _few_prompts
 
     @property
     def device(self) -> torch.device:

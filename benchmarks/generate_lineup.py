@@ -79,7 +79,7 @@ class Lineup:
         name, batch = contender.name, self.model.texts(self.batch)
         self.fields[name] = {"dtype": names.precision_of(name)}
         absent = contender.absent
-        if self.batch not in (contender.batches or (self.batch,)):
+        if self.gated and self.batch not in (contender.batches or (self.batch,)):
             absent = f"timed at batch {' and '.join(map(str, contender.batches))} only"
         if absent:
             self.fields[name]["note"] = f"absent: {absent}"

@@ -1,17 +1,18 @@
 """What needs a GPU, ten minutes a part: `OUT=folder python -m benchmarks.gpu_session kernels`.
 
-The parts are `kernels`, `generate` and `study`. Each builds the extension in place, runs the tests
-of its part and, where CUDA's compute-sanitizer is installed, the CUDA kernels' tests under it, then
-times every kernel, or generation as a whole beside other libraries, or the latency study with
-autoregressive models and training steps. Each step has a log in $OUT (default: gpu-session) and a
-limit of its own; one that fails or is cut off stops none of the others. $OUT/summary.json has what
-came of each. Needs no network and nothing installed but torch, pytest and, for the benchmarks,
-pytest-benchmark.
+The parts are `kernels`, `generate`, `latency`, `alternatives` and `training`. Each builds the
+extension in place, runs the tests of its part and, where CUDA's compute-sanitizer is installed, the
+CUDA kernels' tests under it, then times every kernel, generation as a whole beside other libraries,
+the latency study, autoregressive models, or training steps. Each step has a log in $OUT (default:
+gpu-session) and a limit of its own; one that fails or is cut off stops none of the others.
+$OUT/summary.json has what came of each. Needs no network and nothing installed but torch, pytest
+and, for the benchmarks, pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -29,9 +30,12 @@ _SECONDS = 570
 _TESTED = {
     "kernels": "tests/kernels",
     "generate": "tests/runtime/engines",
-    "study": "tests/samplers",
+    "latency": "tests/samplers",
+    "alternatives": "tests/benchmarks/test_autoregressive.py",
+    "training": "tests/training/test_updates.py",
 }
-_TIMED = {"study": "latency or alternatives or training"}
+# What pytest needs to write its record after it was asked to stop.
+_GRACE = 20
 _TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
@@ -69,7 +73,7 @@ def steps(out: Path, part: str) -> list[Step]:
         command = [memcheck, "--tool", "memcheck", "--error-exitcode", "77", python, *_TESTS]
         command += ["tests/kernels", "-k", "cuda", "-x"]
         found.append(Step("memcheck", command, 90, 240))
-    timed = [python, "-m", "pytest", "benchmarks", "-k", _TIMED.get(part, part)]
+    timed = [python, "-m", "pytest", "benchmarks", "-k", part]
     timed += ["--benchmark-only", "-q"]
     timed += ["--device", "cuda", "--save-records", f"--benchmark-json={out / 'benchmark.json'}"]
     return [*found, Step(part, timed, 400)]
@@ -104,10 +108,19 @@ def _run(step: Step, limit: float, out: Path) -> Outcome:
         try:
             code, note = process.wait(limit), ""
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
             code, note = None, f"cut off after {limit:.0f} s"
     return Outcome(step.name, code, round(time.monotonic() - started, 1), note)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask first: a benchmark that is interrupted still writes what it has measured."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _environment() -> dict[str, str]:

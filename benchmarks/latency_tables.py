@@ -36,9 +36,8 @@ def _cells(row: Row | None, student: Row | None) -> list[object]:
     times = None
     if student is not None and student.mean_ms:
         times = f"{row.mean_ms / student.mean_ms:,.0f}×"
-    mark = " (derived)" if row.derived else ""
     return [
-        f"{row.mean_ms / 1e3:.4g}{mark}",
+        f"{row.mean_ms / 1e3:.4g}{_mark(row)}",
         None if row.derived else _seconds(row.median_ms),
         _seconds(row.p99_ms),
         row.samples or None,
@@ -58,7 +57,9 @@ def _students(found: dict[str, Row]) -> str:
         if row.mean_ms is None:
             absent.append(f"- {_split(name)[0]}: {row.note}")
             continue
-        speed = f"{base.mean_ms / row.mean_ms:,.0f}×" if base and base.mean_ms else None
+        speed = None
+        if base and base.mean_ms:
+            speed = f"{base.mean_ms / row.mean_ms:,.0f}×{_mark(base)}"
         agreed = number(row.trained_agreement, ".2%")
         table.add(
             _split(name)[0], f"{row.mean_ms:.2f}", number(row.median_ms, ".2f"),
@@ -91,10 +92,10 @@ def decomposition(rows: Sequence[Row], case: str) -> str:
         return ""
     table = Table(["change", "then", "mean ms", "factor"], "llrr")
     before = known[0][1]
-    table.add("-", before.implementation, f"{_mean(before):,.1f}", None)
+    table.add("-", before.implementation, _milliseconds(before), None)
     for what, row in known[1:]:
         table.add(
-            what, row.implementation, f"{_mean(row):,.1f}", f"{_mean(before) / _mean(row):,.2f}×"
+            what, row.implementation, _milliseconds(row), f"{_mean(before) / _mean(row):,.2f}×"
         )
         before = row
     whole = _mean(known[0][1]) / _mean(before)
@@ -119,6 +120,14 @@ def _sampled(system: str) -> bool:
 def _split(implementation: str) -> tuple[str, str]:
     system, _, steps = implementation.rpartition(", ")
     return system, steps
+
+
+def _mark(row: Row) -> str:
+    return " (derived)" if row.derived else ""
+
+
+def _milliseconds(row: Row) -> str:
+    return f"{_mean(row):,.1f}{_mark(row)}"
 
 
 def _mean(row: Row) -> float:

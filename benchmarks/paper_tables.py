@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.latency_study import OPERATION
 from benchmarks.paper_lines import (
     NOTHING_NAMED,
     Lines,
@@ -19,6 +18,7 @@ from benchmarks.paper_lines import (
     teacher_sampling,
 )
 from benchmarks.quality_pairs import model_of, open_pair
+from benchmarks.report import Device, devices
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.models.devices import pick_device
 from dlmone_fast.tasks import paper
@@ -37,30 +37,30 @@ def table_6(options: argparse.Namespace) -> str:
     return _of_systems(options, paper.TABLE_6, MBR_CANDIDATES)
 
 
-def table_2(options: argparse.Namespace, results: Path = records.RESULTS) -> str:
-    """Published seconds a sample beside those of the newest latency record of this device."""
-    device = records.device_name(pick_device(options.device))
-    found = newest_latency(device, results)
-    by_calls: dict[int, list[records.Row]] = {calls: [] for calls in paper.TABLE_2}
-    for row in found[1] if found else []:
-        by_calls.setdefault(int(row.at or 0), []).append(row)
-    table = Table(["NFE", "paper, s (RTX A5000)", "ours, s", "system", "implementation"], "rrrll")
-    for calls, rows in sorted(by_calls.items()):
-        published = paper.TABLE_2.get(calls)
-        printed = None if published is None else f"{published:.2f}"
-        nfe = calls or None
+def table_2(options: argparse.Namespace) -> str:
+    """Published seconds a sample beside this device's newest ones of each case."""
+    name = records.device_name(pick_device(options.device))
+    device = next((d for d in _devices() if d.title == name), None)
+    found = [row for row in device.of(OPERATION) if row.mean_ms] if device else []
+    table = Table(["NFE", "paper, s (RTX A5000)", "ours, s", "case", "implementation"], "rrrll")
+    for calls, published in paper.TABLE_2.items():
+        rows = [row for row in found if row.at == calls]
         for row in rows:
-            seconds = f"{(row.median_ms or 0) / 1e3:.3g}"
-            table.add(nfe, printed, seconds, f"{row.operation}, {row.case}", row.implementation)
+            mark = " (derived)" if row.derived else ""
+            seconds = f"{(row.mean_ms or 0) / 1e3:.3g}{mark}"
+            table.add(calls, f"{published:.2f}", seconds, row.case, row.implementation)
         if not rows:
-            table.add(nfe, printed, None, None, None)
-    if found is None:
-        note = f"ours: not run: no record in {results.name}/ holds latency rows of {device}"
+            table.add(calls, f"{published:.2f}", None, None, None)
+    if not found or device is None:
+        note = f"ours: not run: no record of {name} holds latency rows; make bench measures them"
     else:
-        caveat = records.caveat(json.loads(found[0].read_text(encoding="utf-8")))
-        note = f"ours: {found[0].name}, {device}; median of whole calls"
-        note += f"; {caveat}" if caveat else ""
+        caveats = {text for record in device.used if (text := records.caveat(record))}
+        note = "; ".join([f"ours: {name}; mean of whole calls, batch 1", *sorted(caveats)])
     return f"{table.markdown()}\n\n{note}"
+
+
+def _devices() -> list[Device]:
+    return devices(records.RESULTS) if records.RESULTS.is_dir() else []
 
 
 def table_3(options: argparse.Namespace) -> str:
@@ -96,25 +96,6 @@ def table_4(options: argparse.Namespace) -> str:
         lines.baselines(pair.task, result)
 
     return _finished(lines, options, measure)
-
-
-def newest_latency(
-    device: str, results: Path = records.RESULTS
-) -> tuple[Path, list[records.Row]] | None:  # fmt: skip
-    """The newest record of a device with timed rows of whole calls' latency, and those rows."""
-    for path in sorted(results.glob("*/*.json"), key=lambda path: path.name, reverse=True):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        environment = record["environment"]
-        if environment["device"] != device or environment.get("schema", 1) != records.SCHEMA:
-            continue
-        rows = [
-            row
-            for row in records.rows_of(record)
-            if row.operation.startswith("latency") and row.median_ms and not row.part
-        ]
-        if rows:
-            return path, rows
-    return None
 
 
 def _of_systems(

@@ -11,6 +11,7 @@ from benchmarks import latency_study as study
 from benchmarks import paper_figures
 from benchmarks.frontier import JOINT, TEXT_METRICS
 from benchmarks.quality_plots import panel
+from benchmarks.quality_tables import QUALITY
 from benchmarks.records import Row
 from dlmone_fast.tasks.paper import PAPER, TABLE_2
 
@@ -33,17 +34,23 @@ def _figure(function: Callable[[Sequence[Row]], Figure | None]) -> Callable[...,
 
 def draw_all(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
     """Write every figure that the rows are enough for; paths by name."""
-    paths = {}
+    paths: dict[str, Path] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
         for name, function in _FIGURES.items():
-            figure = function(rows)
-            if figure is None:
-                continue
-            paths[name] = folder / f"{name}.png"
-            figure.savefig(paths[name], dpi=_DPI, metadata={"Software": None})
-            plt.close(figure)
+            _save(function(rows), name, folder, paths)
+        for operation in dict.fromkeys(r.operation for r in rows if r.scores):
+            task = operation.removeprefix(QUALITY)
+            found = [r for r in rows if r.operation == operation]
+            _save(frontier(found, task), f"frontier-{task}", folder, paths)
     return paths
+
+
+def _save(figure: Figure | None, name: str, folder: Path, paths: dict[str, Path]) -> None:
+    if figure is not None:
+        paths[name] = folder / f"{name}.png"
+        figure.savefig(paths[name], dpi=_DPI, metadata={"Software": None})
+        plt.close(figure)
 
 
 def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -109,21 +116,17 @@ def _latency_panel(axis: Axes, rows: Sequence[Row]) -> None:
 _DRAWN = ("joint", "bleu", "ibleu", "div_4")
 
 
-@_figure
-def frontier(rows: Sequence[Row]) -> Figure | None:
+def frontier(rows: Sequence[Row], task: str) -> Figure:
     """Quality against network calls and against milliseconds, a line of panels a metric."""
-    found = [r for r in rows if r.operation.startswith("quality: ") and r.scores]
-    if not found:
-        return None
-    over_calls = _curves(found, "network calls per sample", lambda r: r.at)
-    over_time = _curves(found, "ms per sample (median, batch 1)", lambda r: r.median_ms)
+    over_calls = _curves(rows, "network calls per sample", lambda r: r.at)
+    over_time = _curves(rows, "ms per sample (median, batch 1)", lambda r: r.median_ms)
     systems = list(dict.fromkeys(point.system for point in over_calls.points))
     figure, axes = _panels(2 * len(over_calls.metrics), 2)
     for i, metric in enumerate(over_calls.metrics):
         panel(axes[2 * i], over_calls, metric, systems)
         panel(axes[2 * i + 1], over_time, metric, systems)
     _legend_below(figure, axes[0])
-    figure.suptitle(found[0].operation.removeprefix("quality: "))
+    figure.suptitle(task)
     return figure
 
 

@@ -131,7 +131,9 @@ def open_pair(options: argparse.Namespace) -> Pair:
             "without it"
         )
     config = run_config(options.run)
-    students = [model for name in ("stage2", "stage1") if (model := model_of(options.run, name))]
+    # The paper reports Wiki-Auto's student of stage 1 (Table 1).
+    stages = ("stage1", "stage2") if config.data.task == "wiki-auto" else ("stage2", "stage1")
+    students = [model for name in stages if (model := model_of(options.run, name))]
     data_dir = options.data_dir or data_of(options.run, config)
     find_split(data_dir, "test")
     teacher, student = model_of(options.run, "teacher"), students[0] if students else None

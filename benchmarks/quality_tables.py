@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.records import Row
-from benchmarks.tables import score
+from benchmarks.records import Row, Score
 from dlmone_fast.evaluation.table import Table
+
+QUALITY = "quality: "
+"""How operations of rows with scores begin; the task follows."""
 
 TITLES = {
     "joint": "joint (exact)", "bleu": "BLEU", "ibleu": "iBLEU", "source_bleu": "source-BLEU",
@@ -21,7 +23,7 @@ def quality(rows: Sequence[Row]) -> str:
     parts = []
     for operation in dict.fromkeys(row.operation for row in rows):
         found = [row for row in rows if row.operation == operation]
-        parts.append(f"**{operation.removeprefix('quality: ')}**\n\n{task(found)}")
+        parts.append(f"**{operation.removeprefix(QUALITY)}**\n\n{task(found)}")
     return "\n\n".join(parts)
 
 
@@ -40,3 +42,12 @@ def task(rows: Sequence[Row]) -> str:
         )
     notes = [f"- {row.case}: {row.note}" for row in rows if row.note]
     return "\n\n".join(filter(None, [table.markdown(), "\n".join(notes)]))
+
+
+def score(found: Score | None) -> str | None:
+    """A score with half the width of its interval."""
+    if found is None:
+        return None
+    if found.low is None or found.high is None:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} ±{(found.high - found.low) / 2:.3f}"

@@ -104,21 +104,28 @@ _LIBRARIES = (
 )  # fmt: skip
 _MEASURED_FOLDERS = ("csrc", "dlmone_fast")
 _BUILT = (".so", ".pyd", ".pyc", "_native_build.txt")
+# A share of the cores: what an idle desktop has.
+_IDLE_LOAD = 0.5
 _GPU_QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what a run was made; None where a figure cannot be read here."""
+def environment(device: torch.device, load_at_start: float | None = None) -> dict[str, Any]:
+    """Where and with what a run was made; None where a figure cannot be read here.
+
+    Args:
+        load_at_start: the load average before anything was measured.
+    """
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "cpu_mhz": _cpu_mhz(),
         "gpu": _gpu(device),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
+        "load_at_start": load_at_start,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -132,7 +139,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def content_hash(root: Path = ROOT) -> str:
-    """SHA-256 of every source file that a benchmark runs: names and bytes, nothing built."""
+    """SHA-256 of the package's sources: names and bytes, nothing that was built."""
     digest = hashlib.sha256()
     for folder in _MEASURED_FOLDERS:
         for path in sorted((root / folder).rglob("*")):
@@ -154,6 +161,8 @@ def caveat(record: Mapping[str, Any], tree: str | None = None) -> str:
         said.append("measured with uncommitted changes")
     if found["content_hash"] != (tree or content_hash()):
         said.append("measured on another version of the code")
+    if (load := found.get("load_at_start")) is not None and load > _IDLE_LOAD * found["cores"]:
+        said.append(f"measured beside other work (load average {load:.1f} at the start)")
     return "; ".join(said)
 
 
@@ -176,11 +185,15 @@ def save(record: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def record(
-    device: torch.device, machine: dict[str, Any], rows: list[Row], targets: list[dict[str, Any]]
+    device: torch.device,
+    machine: dict[str, Any],
+    rows: list[Row],
+    targets: list[dict[str, Any]],
+    load_at_start: float | None = None,
 ) -> dict[str, Any]:
     """Everything that a run found, ready for JSON."""
     return {
-        "environment": environment(device),
+        "environment": environment(device, load_at_start),
         "machine": machine,
         "rows": [asdict(row) for row in rows],
         "targets": targets,
@@ -216,6 +229,13 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_mhz() -> float | None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import latency_study, latency_tables, records, tables
-from benchmarks.quality_tables import quality
+from benchmarks.quality_tables import QUALITY, quality
 from benchmarks.records import Row, rows_of
 from benchmarks.tables import markdown
 from dlmone_fast.evaluation.table import Table
 
 PAGES = records.ROOT / "docs" / "benchmarks"
-_QUALITY, _TRAINING, _SCALING = "quality: ", "training: ", "generate by "
+_TRAINING, _SCALING = "training: ", "generate by "
 _PICTURES = {
     "latency": "Seconds per sample against network calls",
     "frontier": "Quality against network calls and against time",
@@ -44,6 +44,12 @@ class Device:
     name: str
     rows: list[Row] = field(default_factory=list)
     used: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The device's own name."""
+        found: str = self.used[0]["environment"]["device"]
+        return found
 
     def of(self, prefix: str) -> list[Row]:
         """Rows whose operation begins so."""
@@ -92,10 +98,9 @@ def _newest(name: str, found: Sequence[dict[str, Any]]) -> Device:
 
 def page(device: Device, pictures: dict[str, Path]) -> str:
     """The device's report."""
-    title = device.used[0]["environment"]["device"]
     sections = [
         (latency_study.OPERATION, "Seconds per sample (the paper's Table 2)", _latency(device)),
-        ("frontier", "Quality and speed", quality(device.of(_QUALITY))),
+        ("frontier", "Quality and speed", quality(device.of(QUALITY))),
         ("", "Whole calls beside other libraries", _cases(device, "generate")),
         ("", "Beside autoregressive models", tables.cases(device.of("generate beside"))),
         ("scaling", "Scaling", tables.cases(device.of(_SCALING))),
@@ -104,19 +109,19 @@ def page(device: Device, pictures: dict[str, Path]) -> str:
         ("", "Targets", tables.targets(device.targets()) if device.targets() else ""),
         ("", "How it was measured", _environments(device)),
     ]
-    parts = [f"# Benchmarks: {title}", _INTRODUCTION]
+    parts = [f"# Benchmarks: {device.title}", _INTRODUCTION]
     for picture, heading, text in sections:
         if text:
-            shown = f"![{_PICTURES[picture]}]({pictures[picture].relative_to(PAGES)})\n\n" if (
-                picture in pictures) else ""  # fmt: skip
-            parts.append(f"## {heading}\n\n{shown}{text}")
+            drawn = [path for name, path in pictures.items() if name.partition("-")[0] == picture]
+            shown = [f"![{_PICTURES[picture]}]({path.relative_to(PAGES)})" for path in drawn]
+            parts.append("\n\n".join([f"## {heading}", *shown, text]))
     return "\n\n".join(parts) + "\n"
 
 
 _INTRODUCTION = """\
 Written by `python -m benchmarks.report` from the records under `benchmarks/results/`; nothing here
 is typed by hand. Implementations of a case ran in turns in one process, after their results had
-been checked; "× our time" is relative to the first of ours, which is what `auto` takes. "Of floor"
+been checked; "× our time" is relative to the first of ours in the table. "Of floor"
 is the least time that the bytes or products need on this machine over the median; on a CPU it is
 reckoned in fp32, so that int8 may be faster."""
 
@@ -137,7 +142,7 @@ def _cases(device: Device, operation: str) -> str:
 
 
 def _kernels(device: Device) -> str:
-    others = (latency_study.OPERATION, _QUALITY, _TRAINING, "generate")
+    others = (latency_study.OPERATION, QUALITY, _TRAINING, "generate")
     return tables.cases([row for row in device.rows if not row.operation.startswith(others)])
 
 
@@ -173,17 +178,24 @@ def _environments(device: Device) -> str:
 
 def write(folder: Path = PAGES) -> list[Path]:
     """Write every device's page and pictures; the paths of the pages."""
-    from benchmarks.plots import draw_all
-
     written = []
     for device in devices():
-        pictures = draw_all(device.rows, folder / device.name)
+        pictures = _drawn(device, folder / device.name)
         path = folder / f"{device.name}.md"
         path.write_text(page(device, pictures), encoding="utf-8")
         written.append(path)
     index = folder / "README.md"
     index.write_text(_index(written), encoding="utf-8")
     return [index, *written]
+
+
+def _drawn(device: Device, folder: Path) -> dict[str, Path]:
+    try:
+        from benchmarks.plots import draw_all
+    except ImportError as error:
+        print(f"pages without pictures: {error}", file=sys.stderr)
+        return {}
+    return draw_all(device.rows, folder)
 
 
 def _index(pages: Sequence[Path]) -> str:
@@ -206,8 +218,11 @@ _INDEX = """\
     python -m benchmarks.gpu_session kernels                        # on a machine with a GPU
 
 A result is checked before its time is taken: fp32 must give the ids of fp32 in PyTorch but for near
-ties, and a lower precision the tokens of fp32 on a trained student (bf16 99.5 %, int8 98 %). Peers
-are named with what is missing where they cannot run. Machines:
+ties, and a lower precision the tokens of fp32 on a trained student (bf16 99.5 %, int8 98 %).
+Autoregressive models have random weights, and must choose what their own scores in fp32 choose, or
+nearly; their rows say how often. Peers are named with what is missing where they cannot run.
+
+Machines:
 """
 
 

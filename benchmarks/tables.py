@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.records import Row, Score, caveat, first_of_ours, rows_of
+from benchmarks.quality_tables import QUALITY, quality
+from benchmarks.records import Row, caveat, first_of_ours, rows_of
 from dlmone_fast.evaluation.table import Table
 
 _COLUMNS = (
@@ -17,7 +18,10 @@ _COLUMNS = (
 
 def markdown(record: dict[str, Any]) -> str:
     """A whole record: environment, one table a case, and the targets."""
-    parts = [environment(record), cases(rows_of(record))]
+    rows = rows_of(record)
+    scored = [row for row in rows if row.operation.startswith(QUALITY)]
+    timed = [row for row in rows if not row.operation.startswith(QUALITY)]
+    parts = [environment(record), *filter(None, [cases(timed), quality(scored)])]
     return "\n\n".join([*parts, *([targets(record["targets"])] if record["targets"] else [])])
 
 
@@ -84,15 +88,6 @@ def number(value: float | None, form: str) -> str | None:
 def ratio(theirs: float | None, ours: float | None, form: str = ".2f") -> str | None:
     """How many times ours theirs is."""
     return format(theirs / ours, form) if theirs is not None and ours else None
-
-
-def score(found: Score | None) -> str | None:
-    """A score with half the width of its interval."""
-    if found is None:
-        return None
-    if found.low is None or found.high is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} ±{(found.high - found.low) / 2:.3f}"
 
 
 def _cells(row: Row, found: Sequence[Row], own: Row | None) -> list[str | None]:

@@ -89,6 +89,9 @@ def judge(
             continue
         value = measured(target, rows, copy_bandwidth)
         outcome = _outcome(target, value, _own(target, rows))
+        peer = find(rows, target.operation, target.case, target.peer)
+        if value is not None and peer is not None and peer.derived:
+            outcome += " (derived)"
         judged.append({"target": str(target), "value": value, "outcome": outcome})
     return judged
 

@@ -37,7 +37,7 @@ def trained_model(device: torch.device) -> Model:
     loaded = load_model(str(FOLDER), str(device), "fp32", backend="eager")
     return Model(
         loaded.denoiser, loaded.tokenizer, loaded.settings, loaded._executor.vocabulary,
-        texts=_prompts, calibration_prompts=_CALIBRATION_PROMPTS,
+        texts=functools.partial(_prompts, "test"), calibration=_calibration,
     )  # fmt: skip
 
 
@@ -64,8 +64,13 @@ class TrainedGate:
 
     def complaint(self, contender: Own | Peer) -> str:
         """Why the implementation must not be timed; "": it may."""
-        found, least = self.agreement(contender), LEAST.get(names.precision_of(contender.name), 0.0)
-        if found is None or found >= least:
+        least = LEAST.get(names.precision_of(contender.name))
+        if least is None:
+            return ""
+        found = self.agreement(contender)
+        if found is None:
+            return "wrong: it does not run the trained model that lower precisions are checked on"
+        if found >= least:
             return ""
         return f"wrong: {found:.2%} of a trained model's tokens are fp32's, {least:.1%} must be"
 
@@ -84,8 +89,12 @@ class TrainedGate:
         return agreement
 
 
+def _calibration() -> list[str]:
+    return _prompts("valid", _CALIBRATION_PROMPTS)
+
+
 @functools.lru_cache(maxsize=4)
-def _prompts(count: int) -> list[str]:
+def _prompts(split: str, count: int) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
-        write_splits(name, "grammar", 0, 1, 1, count)
-        return [row.src for row in load_rows(name, "test", limit=count)]
+        write_splits(name, "grammar", 0, 1, count, count)
+        return [row.src for row in load_rows(name, split, limit=count)]

@@ -35,7 +35,7 @@ def test_every_step_has_its_chance(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("part", ["kernels", "generate", "study"])
+@pytest.mark.parametrize("part", ["kernels", "generate", "latency", "alternatives", "training"])
 def test_the_limits_leave_time_for_the_benchmarks(tmp_path: Path, part: str):
     found = steps(tmp_path, part)
     assert found[-1].name == part

@@ -81,7 +81,7 @@ def cells(text: str, start: str) -> list[list[str]]:
 def test_without_models_the_papers_rows_stand_alone(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(paper_tables.newest_latency, "__defaults__", (Path("nowhere"),))
+    monkeypatch.setattr(records, "RESULTS", Path("nowhere"))
     text = output(capsys, *command, "--device", "cpu")
     assert "not run: no" in text
     assert "2506.00290" in text
@@ -150,24 +150,35 @@ def latency_record(folder: Path, name: str, rows: list[Row], date: str) -> None:
     (folder / "here" / f"{name}.json").write_text(json.dumps(record))
 
 
-def test_table_2_reads_the_newest_record_with_latencies(tmp_path: Path):
-    one = Row("latency: grammar", "student", "dlmone_fast eager", True, 9.0, at=1)
-    latency_record(tmp_path, "20260101", [one], "2026-01-01")
-    newer = Row("latency: grammar", "student", "dlmone_fast eager", True, 2.5, at=1)
-    other = Row("latency: grammar", "teacher", "dlmone_fast eager", True, 70.0, at=20)
-    latency_record(tmp_path, "20260102", [newer, other], "2026-01-02")
+def latency_row(case: str, seconds: float, steps: int, **more: Any) -> Row:
+    name = f"dlmone_fast eager, {steps} steps"
+    milliseconds = 1e3 * seconds
+    return Row("latency", case, name, True, 1.0, mean_ms=milliseconds, at=steps, **more)
+
+
+def test_table_2_reads_the_newest_figures_of_each_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    old = [latency_row("compact", 9.0, 65), latency_row("BERT-base", 7.0, 65)]
+    latency_record(tmp_path, "20260101", old, "2026-01-01")
+    newer = [latency_row("compact", 2.5, 65), latency_row("compact", 8.0, 286, derived="from 65")]
+    latency_record(tmp_path, "20260102", newer, "2026-01-02")
     latency_record(tmp_path, "20260103", [Row("noise", "x", "y", True, 1.0)], "2026-01-03")
-    text = paper_tables.table_2(argparse.Namespace(device="cpu"), tmp_path)
-    assert cells(text, "1")[0][:3] == ["1", "0.03", "0.0025"]
-    assert cells(text, "20")[0][:3] == ["20", "-", "0.07"]
-    assert cells(text, "286")[0][:3] == ["286", "2.25", "-"]
-    assert "20260102.json" in text
+    text = paper_tables.table_2(argparse.Namespace(device="cpu"))
+    assert [line[:4] for line in cells(text, "65")] == [
+        ["65", "0.51", "2.5", "compact"], ["65", "0.51", "7", "BERT-base"]
+    ]  # fmt: skip
+    assert cells(text, "286")[0][:3] == ["286", "2.25", "8 (derived)"]
+    assert cells(text, "2000")[0][:3] == ["2000", "14.94", "-"]
 
 
-def test_table_2_takes_no_record_of_another_device(tmp_path: Path):
-    latency_record(tmp_path, "1", [Row("latency: x", "s", "ours", True, 1.0, at=1)], "2026")
-    assert paper_tables.newest_latency("another device", tmp_path) is None
-    assert paper_tables.newest_latency(records.device_name(torch.device("cpu")), tmp_path)
+def test_table_2_takes_no_record_of_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    latency_record(tmp_path, "1", [latency_row("compact", 1.0, 65)], "2026")
+    monkeypatch.setattr(records, "device_name", lambda device: "another device")
+    text = paper_tables.table_2(argparse.Namespace(device="cpu"))
+    assert "not run: no record of another device holds latency rows" in text
 
 
 def test_figure_2_has_a_point_for_each_number_of_candidates(

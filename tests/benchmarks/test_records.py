@@ -144,8 +144,10 @@ def test_the_content_hash_is_of_names_and_bytes_and_of_nothing_built(tmp_path: P
 
 
 def test_a_record_of_other_sources_or_of_a_dirty_tree_says_so():
-    found = {"uncommitted_changes": False, "content_hash": "a"}
+    found: dict[str, object] = {"uncommitted_changes": False, "content_hash": "a"}
     assert records.caveat({"environment": found}, "a") == ""
     assert "another version" in records.caveat({"environment": found}, "b")
-    found["uncommitted_changes"] = True
+    found |= {"cores": 2, "load_at_start": 1.5}
+    assert "beside other work (load average 1.5" in records.caveat({"environment": found}, "a")
+    found |= {"uncommitted_changes": True, "load_at_start": 0.3}
     assert records.caveat({"environment": found}, "a") == "measured with uncommitted changes"

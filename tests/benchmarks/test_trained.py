@@ -10,6 +10,7 @@ import torch
 from benchmarks import generate_ours, trained
 from benchmarks.generate_lineup import Lineup
 from benchmarks.generate_ours import Own
+from benchmarks.generate_peers import Network, Peer
 from benchmarks.trained import TrainedGate, trained_model
 from dlmone_fast.tasks.grammar import score
 
@@ -52,3 +53,19 @@ def test_what_disagrees_is_not_timed(gate: TrainedGate, monkeypatch: pytest.Monk
     assert not lineup.calls
     assert lineup.fields[own.name]["note"].startswith("wrong: ")
     assert lineup.fields[own.name]["trained_agreement"] == gate.agreement(own)
+
+
+def test_what_cannot_run_on_the_trained_model_is_not_timed_either(gate: TrainedGate):
+    def fails() -> Network:
+        raise RuntimeError("no such device")
+
+    peer = Peer("other int8", fails)
+    assert gate.agreement(peer) is None
+    assert "does not run" in gate.complaint(peer)
+
+
+def test_the_gate_asks_contenders_that_are_timed_at_some_batches_only(
+    gate: TrainedGate, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Own, "batches", (1, 512))
+    assert (gate.agreement(Own(trained_model(CPU), "eager", "bf16")) or 0) > 0.99

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import latency_study, records, report
+from benchmarks import latency_study, records, report, tables
 from benchmarks.records import Row, Score
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_a_page_has_every_section_and_its_picture(tmp_path: Path, monkeypatch: A
     from benchmarks.plots import draw_all
 
     pictures = draw_all(device.rows, tmp_path / "docs")
-    assert set(pictures) == {"latency", "frontier", "scaling", "roofline"}
+    assert set(pictures) == {"latency", "frontier-grammar", "scaling", "roofline"}
     text = report.page(device, pictures)
     for heading in ("Seconds per sample", "Quality and speed", "Scaling", "Training", "Kernels"):
         assert f"## {heading}" in text
@@ -114,6 +115,22 @@ def test_targets_are_those_of_the_newest_record_that_measured_them():
 
     device = report.Device("d", used=[judged(None), judged(2.0), judged(3.0)])
     assert [target["value"] for target in device.targets()] == [2.0]
+
+
+def test_a_printed_record_keeps_every_number_of_calls(tmp_path: Path):
+    path = records.save(record(every_kind(), "2026-01-01"), tmp_path)
+    text = tables.markdown(json.loads(path.read_text()))
+    lines = [line for line in text.splitlines() if line.startswith("| teacher, ddim")]
+    assert [line.split("|")[2].strip() for line in lines] == ["2", "20"]
+
+
+def test_tasks_have_pictures_of_their_own(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import draw_all
+
+    rows = [r for r in every_kind() if r.scores]
+    other = [replace(r, operation="quality: qqp") for r in rows]
+    assert set(draw_all([*rows, *other], tmp_path)) == {"frontier-grammar", "frontier-qqp"}
 
 
 def test_the_command_prints_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
