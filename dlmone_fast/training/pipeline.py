@@ -158,6 +158,7 @@ def _after_the_teacher(config: Config) -> tuple[str, ...]:
 def _make_pairs(workspace: Workspace, teacher_folder: Path, resume: StrPath) -> None:
     inputs = workspace.inputs(teacher=teacher_folder)
     if not workspace.finished("pairs", inputs):
+        workspace.limit.check("the pairs")
         teacher = denoiser_from_folder(load_folder(teacher_folder)).to(workspace.device)
         run_phase(PairsPhase(workspace, teacher, inputs), workspace, resume)
 
