@@ -26,6 +26,7 @@ from benchmarks import records
 from benchmarks.floors import measure_machine
 from benchmarks.frontier_systems import System, affordable, systems
 from benchmarks.quality_pairs import Pair, add_pair_options, open_pair
+from benchmarks.quality_tables import QUALITY
 from benchmarks.race import statistics_of
 from benchmarks.records import Row, Score
 from benchmarks.timing import Stopwatch
@@ -98,7 +99,7 @@ def measure_pair(
         # One text a source has no diversity to be compared with that of several.
         del fields["scores"]["div_4"]
         note = "nothing to generate"
-        rows.append(Row(f"quality: {pair.task}", name, "none", False, note=note, **fields))
+        rows.append(Row(f"{QUALITY}{pair.task}", name, "none", False, note=note, **fields))
     return rows
 
 
@@ -192,7 +193,7 @@ def _scored(measuring: Measuring, system: System, options: argparse.Namespace) -
 def _row(pair: Pair, system: System) -> Row:
     model = system.model.denoiser.config
     return Row(
-        f"quality: {pair.task}",
+        f"{QUALITY}{pair.task}",
         system.name,
         pair.implementation,
         True,

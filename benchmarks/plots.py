@@ -181,7 +181,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     for place, key in enumerate(cases):
         found = [r for r in timed if (r.operation, r.case) == key]
         for offset, colour, ours in ((-0.19, "C0", True), (0.19, "0.65", False)):
-            # The first of ours is what "auto" takes; peers are those of its precision.
+            # Ours that is preferred, and the best peer of its precision.
             group = [r for r in found if r.ours == ours and r.dtype == found[0].dtype]
             if not group:
                 continue

@@ -41,11 +41,10 @@ class Row:
     """One implementation on one shape.
 
     Times are None where nothing was timed, and `note` says why; memory is what the call needs
-    beyond its inputs. `ours` marks this package's backends; the first of a case is the one that
-    "auto" takes. A percentile is the least time that so many per cent of the samples do not
-    exceed: p99 is the longest one, where there are fewer than 100. `warmup` calls came before
-    the samples and do not count. `derived` says how a time was computed that was not measured
-    as a whole; "": it was.
+    beyond its inputs. `ours` marks this package's backends, the preferred one of a case first. A
+    percentile is the least time that so many per cent of the samples do not exceed: p99 is the
+    longest one, where there are fewer than 100. `warmup` calls came before the samples and do not
+    count. `derived` says how a time was computed that was not measured as a whole; "": it was.
 
     Of whole calls of `generate` also: `part`, the part of a call that the row is about ("" for all
     of it); `agreement`, the share of tokens that are those of fp32 on the same noise, and
@@ -93,7 +92,7 @@ def find(rows: list[Row], operation: str, case: str, implementation: str) -> Row
 
 
 def first_of_ours(rows: list[Row], operation: str, case: str) -> Row | None:
-    """The row of the backend that "auto" takes."""
+    """The row of the backend that comes first in our order of preference."""
     own = [r for r in rows if (r.operation, r.case) == (operation, case) and r.ours]
     return own[0] if own else None
 
