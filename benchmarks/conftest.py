@@ -1,7 +1,7 @@
 """Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
 
-pytest benchmarks --benchmark-only [-k kernels|generate|alternatives|latency|training] [--full]
-    [--device cpu|cuda] [--save-records]
+pytest benchmarks --benchmark-only [-k kernels|generate|alternatives|latency|scaling|training]
+    [--full] [--device cpu|cuda] [--save-records]
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -64,11 +65,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Point:
-    """A place of a plot: a case at `value` of what is varied, its `axis`."""
+    """A place of a plot: a case at `value` of what is varied, its `axis`.
+
+    Attributes:
+        candidates: the rows of the batch are candidates of one prompt, of which one is chosen.
+        threads: so many CPU threads; None: as many as there are.
+    """
 
     axis: str
     value: int
     case: Case
+    candidates: bool = False
+    threads: int | None = None
 
     def __str__(self) -> str:
         return f"{self.case.model}, {self.axis} {self.value}"
@@ -86,44 +94,51 @@ CASES = {
     ],
     "cuda": _cases("BERT-base", BERT_BASE, 1, 8, 32, 128, 512) + _cases("compact", COMPACT, 1, 8),
 }
-BATCHES = {
-    "cpu": [Point("batch", c.batch, c) for c in _cases("compact", COMPACT, 1, 2, 4, 16, 64)],
+
+
+def _of_length(length: int) -> Point:
+    config = replace(COMPACT, seq_len=length, max_positions=length)
+    return Point("length", length, Case("compact", config, 1))
+
+
+def _of_vocabulary(words: int) -> Point:
+    config = replace(COMPACT, vocab_size=words)
+    return Point("vocabulary", words, Case("compact", config, 1))
+
+
+def _of_candidates(count: int) -> Point:
+    return Point("candidates", count, Case("compact", COMPACT, count), candidates=True)
+
+
+def _of_threads(number: int) -> Point:
+    return Point("threads", number, Case("compact", COMPACT, 8), threads=number)
+
+
+def threads_up_to(cores: int) -> list[int]:
+    """Powers of two, and all cores."""
+    return sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores})
+
+
+_OF_NETWORK = [
+    *(_of_length(n) for n in (16, 64, 128, 256, 512)),
+    *(_of_vocabulary(n) for n in (2_000, 8_000, VOCABULARY, 120_000)),
+    *(_of_candidates(n) for n in (1, 2, 4, 8, 16)),
+]
+POINTS = {
+    "cpu": [
+        *(Point("batch", c.batch, c) for c in _cases("compact", COMPACT, 1, 2, 4, 16, 64)),
+        *_OF_NETWORK,
+        *(_of_threads(n) for n in threads_up_to(os.cpu_count() or 1)),
+    ],
+    # A GPU has no choice of threads.
     "cuda": [
-        Point("batch", c.batch, c)
-        for c in _cases("BERT-base", BERT_BASE, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+        *(
+            Point("batch", c.batch, c)
+            for c in _cases("BERT-base", BERT_BASE, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+        ),
+        *_OF_NETWORK,
     ],
 }
-
-
-def _of_length(length: int) -> Case:
-    config = replace(COMPACT, seq_len=length, max_positions=length)
-    return Case("compact", config, 1)
-
-
-def _of_threads(threads: int) -> Point:
-    return Point("threads", threads, Case("compact", COMPACT, 8))
-
-
-_LENGTHS = [Point("length", length, _of_length(length)) for length in (16, 64, 128, 256, 512)]
-LENGTHS = {"cpu": _LENGTHS, "cuda": _LENGTHS}
-
-
-_WORDS = (2_000, 8_000, VOCABULARY, 120_000)
-_VOCABULARIES = [
-    Point("vocabulary", words, Case("compact", replace(COMPACT, vocab_size=words), 1))
-    for words in _WORDS
-]
-VOCABULARIES = {"cpu": _VOCABULARIES, "cuda": _VOCABULARIES}
-
-# One prompt, so many candidates: as many rows of one network batch.
-_CANDIDATES = [Point("candidates", n, Case("compact", COMPACT, n)) for n in (1, 2, 4, 8, 16)]
-CANDIDATES = {"cpu": _CANDIDATES, "cuda": _CANDIDATES}
-
-
-def threads_up_to(cores: int) -> dict[str, list[Point]]:
-    """Numbers of threads: powers of two, and all cores. A GPU has no such choice."""
-    numbers = {2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores}
-    return {"cpu": [_of_threads(n) for n in sorted(numbers)], "cuda": []}
 
 
 def prompts(count: int) -> list[str]:

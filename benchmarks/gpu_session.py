@@ -1,12 +1,12 @@
 """What needs a GPU, ten minutes a part: `OUT=folder python -m benchmarks.gpu_session kernels`.
 
-The parts are `kernels`, `generate`, `latency`, `alternatives` and `training`. Each builds the
-extension in place, runs the tests of its part and, where CUDA's compute-sanitizer is installed, the
-CUDA kernels' tests under it, then times every kernel, generation as a whole beside other libraries,
-the latency study, autoregressive models, or training steps. Each step has a log in $OUT (default:
-gpu-session) and a limit of its own; one that fails or is cut off stops none of the others.
-$OUT/summary.json has what came of each. Needs no network and nothing installed but torch, pytest
-and, for the benchmarks, pytest-benchmark.
+The parts are `kernels`, `generate`, `latency`, `alternatives`, `scaling` and `training`. Each
+builds the extension in place, runs the tests of its part and, where CUDA's compute-sanitizer is
+installed, the CUDA kernels' tests under it, then times every kernel, generation as a whole beside
+other libraries, the latency study, autoregressive models, generation against batch, length and so
+on, or training steps. Each step has a log in $OUT (default: gpu-session) and a limit of its own;
+one that fails or is cut off stops none of the others. $OUT/summary.json has what came of each.
+Needs no network and nothing installed but torch, pytest and, for the benchmarks, pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from pathlib import Path
 from benchmarks.records import RESULTS, ROOT
 
 _SECONDS = 570
-_TESTED = {
+PARTS = {
     "kernels": "tests/kernels",
     "generate": "tests/runtime/engines",
     "latency": "tests/samplers",
     "alternatives": "tests/benchmarks/test_autoregressive.py",
+    "scaling": "tests/runtime/test_generator.py",
     "training": "tests/training/test_updates.py",
 }
+"""What is timed by itself, and the tests that run before it."""
+
 # What pytest needs to write its record after it was asked to stop.
 _GRACE = 20
 _TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -62,7 +65,7 @@ class Outcome:
 def steps(out: Path, part: str) -> list[Step]:
     """What runs of a part, in order."""
     python = sys.executable
-    tests = _TESTED[part]
+    tests = PARTS[part]
     found = [
         Step("machine", ["nvidia-smi"], 20, 480),
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, 330),
@@ -145,7 +148,7 @@ def _described(outcome: Outcome) -> str:
 def main() -> int:
     """Run every step of the part named first; 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=list(_TESTED))
+    parser.add_argument("part", choices=list(PARTS))
     part = parser.parse_args().part
     out = Path(os.environ.get("OUT", "gpu-session")).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_timed import TINY
 from torch import Tensor
 
 from benchmarks import autoregressive_peers, generate_cases, generate_peers
@@ -30,21 +31,11 @@ from benchmarks.autoregressive_peers import (
     comparable,
     line_up,
 )
-from benchmarks.generate_cases import Model, model
+from benchmarks.generate_cases import Model
 from benchmarks.generate_peers import PEERS
 from benchmarks.records import Row
-from dlmone_fast.config import ModelConfig
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(
-    seq_len=32, vocab_size=200, embedding_dim=32, time_dim=16, hidden_size=64, num_layers=2,
-    num_heads=2, ffn_size=128, max_positions=32, normalize_embedding=True,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return model(TINY, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -9,29 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_timed import TINY
 from torch import Tensor
 
 from benchmarks import generate_cases, generate_peers, generate_targets, targets
-from benchmarks.generate_cases import BATCHES, CASES, LENGTHS, Case, Model, inputs, model
+from benchmarks.generate_cases import CASES, POINTS, Case, Model, inputs
 from benchmarks.generate_lineup import Lineup, agreement
 from benchmarks.generate_ours import Own, owns, phases
 from benchmarks.generate_peers import Network, Output, Peer, PlainCall, peers
 from benchmarks.peers import expression_argmin
 from benchmarks.records import Row
-from dlmone_fast.config import ModelConfig
 from dlmone_fast.kernels.nearest_token import nearest_token_with_margin
 from dlmone_fast.runtime import GenerationOutput
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(
-    seq_len=32, vocab_size=200, embedding_dim=32, time_dim=16, hidden_size=64, num_layers=2,
-    num_heads=2, ffn_size=128, max_positions=32, normalize_embedding=True,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return model(TINY, CPU)
 
 
 def plain(model: Model, network: Network | None = None) -> Peer:
@@ -202,8 +193,10 @@ def test_targets_name_cases_and_implementations_that_are_timed(tiny: Model, tmp_
     cases = {device: [str(case) for case in found] for device, found in CASES.items()}
     for target in generate_targets.TARGETS:
         assert target.case in cases[target.device], target
-    assert [str(point) for point in BATCHES["cpu"]][-1] == "compact, batch 64"
-    assert [point.value for point in LENGTHS["cpu"]] == [16, 64, 128, 256, 512]
+    batches = [point for point in POINTS["cpu"] if point.axis == "batch"]
+    assert str(batches[-1]) == "compact, batch 64"
+    lengths = [point for point in POINTS["cpu"] if point.axis == "length"]
+    assert [point.value for point in lengths] == [16, 64, 128, 256, 512]
     known = {c.name for c in (*owns(tiny), *peers(tiny, tmp_path))}
     for target in generate_targets.TARGETS:
         if target.device == "cpu":

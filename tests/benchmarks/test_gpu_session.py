@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_session import Step, run_all, steps
+from benchmarks.gpu_session import PARTS, Step, run_all, steps
 
 
 def python(name: str, code: str, limit: int = 30, leave: int = 0) -> Step:
@@ -35,7 +35,7 @@ def test_every_step_has_its_chance(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("part", ["kernels", "generate", "latency", "alternatives", "training"])
+@pytest.mark.parametrize("part", sorted(PARTS))
 def test_the_limits_leave_time_for_the_benchmarks(tmp_path: Path, part: str):
     found = steps(tmp_path, part)
     assert found[-1].name == part

@@ -9,22 +9,12 @@ import torch
 
 from benchmarks import latency_study as study
 from benchmarks import latency_tables, targets
-from benchmarks.generate_cases import Model, model
+from benchmarks.generate_cases import Model
 from benchmarks.latency_study import PUBLISHED, Published, Sampler
 from benchmarks.records import Row
-from dlmone_fast.config import ModelConfig
 from dlmone_fast.kernels.noise import Stream, normal
 
-TINY = ModelConfig(
-    vocab_size=300, embedding_dim=16, hidden_size=32, num_layers=2, num_heads=2, ffn_size=64,
-    seq_len=32, max_positions=32, time_dim=32, normalize_embedding=True,
-)  # fmt: skip
 CASE = "tiny, batch 1"
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return model(TINY, torch.device("cpu"))
 
 
 def test_our_sampler_gives_the_published_ones_ids_on_the_same_noise(tiny: Model):
@@ -34,8 +24,12 @@ def test_our_sampler_gives_the_published_ones_ids_on_the_same_noise(tiny: Model)
 def test_another_sampler_would_be_noticed(tiny: Model, monkeypatch: pytest.MonkeyPatch):
     # Another object: the answer about a model is kept.
     negated = replace(tiny, vocabulary=tiny.vocabulary)
-    monkeypatch.setattr(Published, "_rounded", lambda self, x: -x)
-    assert "ids differ" in (study.disagreement(negated) or "")
+    monkeypatch.setattr(Published, "rounded", lambda self, x: -x)
+    assert "rounded to others" in (study.disagreement(negated) or "")
+    # The checked samples stay near their noise: other noise is what would show.
+    monkeypatch.setattr(study, "normal", lambda *args, **kwargs: -normal(*args, **kwargs))
+    again = replace(tiny, vocabulary=tiny.vocabulary)
+    assert "ids differ" in (study.disagreement(again) or "")
 
 
 def test_the_full_chain_is_ancestral_and_runs_whole(tiny: Model):
@@ -43,9 +37,11 @@ def test_the_full_chain_is_ancestral_and_runs_whole(tiny: Model):
     assert study.method_of(65, 2000) == "published-ddim"
     draws = [0]
 
+    config = tiny.denoiser.config
+
     def noise(step: int) -> torch.Tensor:
         draws[0] += 1
-        return normal([0], Stream.GENERATION, [0], step, TINY.seq_len, TINY.embedding_dim)
+        return normal([0], Stream.GENERATION, [0], step, config.seq_len, config.embedding_dim)
 
     expected = Published(tiny)("how do i find a house?", 2000, noise)
     assert draws[0] == 2001

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_timed import TINY
 
 from benchmarks import generate_cases, training_updates
 from benchmarks.generate_candidates import candidate_calls, complaint, summed_bleu
-from benchmarks.generate_cases import CANDIDATES, VOCABULARIES
+from benchmarks.generate_cases import POINTS, threads_up_to
 from benchmarks.generate_ours import Own
 from benchmarks.generate_peers import Peer
 from benchmarks.training_cases import (
@@ -40,16 +41,11 @@ from benchmarks.training_updates import (
     disagreement,
     stepper,
 )
-from dlmone_fast.config import ModelConfig
 from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.kernels import dispatch
 from dlmone_fast.training.optim import UpdateGuard
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(
-    seq_len=32, vocab_size=200, embedding_dim=16, time_dim=16, hidden_size=32, num_layers=1,
-    num_heads=2, ffn_size=64, max_positions=32, normalize_embedding=True,
-)  # fmt: skip
 CASE = Case("tiny", replace(PRESETS["qqp-small"], model=TINY), 4)
 TWO = [OURS_EAGER, PLAIN]
 
@@ -222,14 +218,19 @@ def test_cases_have_distinct_names_that_say_what_differs():
         assert {("BERT-base", n, precision) for n in (8, 16, 32, 64, 128)} <= sizes
 
 
-def test_scaling_points_of_vocabulary_and_candidates():
-    assert [p.value for p in VOCABULARIES["cpu"]] == [2_000, 8_000, 30_522, 120_000]
-    for point in VOCABULARIES["cpu"]:
+def test_scaling_points():
+    found = {
+        axis: [p for p in POINTS["cpu"] if p.axis == axis] for axis in ("vocabulary", "candidates")
+    }
+    assert [p.value for p in found["vocabulary"]] == [2_000, 8_000, 30_522, 120_000]
+    for point in found["vocabulary"]:
         assert (point.case.config.vocab_size, point.case.batch) == (point.value, 1)
     assert generate_cases.tokenizer(120_000).vocab_size == 120_000
-    assert [p.value for p in CANDIDATES["cpu"]] == [1, 2, 4, 8, 16]
-    assert all(p.case.batch == p.value for p in CANDIDATES["cpu"])
-    assert str(CANDIDATES["cpu"][2]) == "compact, candidates 4"
+    assert [p.value for p in found["candidates"]] == [1, 2, 4, 8, 16]
+    assert all(p.case.batch == p.value for p in found["candidates"])
+    assert str(found["candidates"][2]) == "compact, candidates 4"
+    assert {p.axis for p in POINTS["cpu"]} - {p.axis for p in POINTS["cuda"]} == {"threads"}
+    assert [threads_up_to(cores) for cores in (1, 2, 6)] == [[1], [1, 2], [1, 2, 4, 6]]
 
 
 def test_candidates_are_those_of_a_plain_call_and_the_chosen_one_agrees_most():
