@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from dlmone_fast.config.presets import PRESETS
-from dlmone_fast.config.schema import Config, Section
+from dlmone_fast.config.schema import Config
+from dlmone_fast.config.section import Section
 from dlmone_fast.errors import ConfigError
 
 

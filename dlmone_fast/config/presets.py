@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dlmone_fast.config.distillation import DistillConfig, StageConfig
 from dlmone_fast.config.schema import (
     Config,
     DataConfig,
-    DistillConfig,
     EvaluationConfig,
     ModelConfig,
-    StageConfig,
     TeacherConfig,
 )
 
