@@ -1,0 +1,67 @@
+"""What every section of the configuration is: a frozen dataclass that checks itself."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+from dlmone_fast.errors import ConfigError
+
+_checks_enabled = contextvars.ContextVar("config_checks_enabled", default=True)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Build configuration objects without checking them, to check the merged result once."""
+    token = _checks_enabled.set(False)
+    try:
+        yield
+    finally:
+        _checks_enabled.reset(token)
+
+
+class Section:
+    """A part of the configuration that checks its own fields when it is built."""
+
+    def __post_init__(self) -> None:
+        if _checks_enabled.get():
+            _check_types(self)
+            self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError, starting with the field's name, for a value that cannot be used."""
+
+
+def _check_types(section: Section) -> None:
+    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+        value, kind = getattr(section, item.name), item.type
+        if kind == "float" and type(value) in (int, float):
+            # The comparison also refuses NaN, and whole numbers beyond a float's range.
+            if not abs(value) <= sys.float_info.max:
+                raise ConfigError(f"{item.name} must be finite, got {value!r:.40}")
+            object.__setattr__(section, item.name, float(value))
+        elif kind in _PLAIN and type(value) is not _PLAIN[kind]:
+            raise ConfigError(f"{item.name} must be {_KIND_NAMES[kind]}, got {value!r}")
+
+
+_PLAIN: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+_KIND_NAMES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "a boolean"}
+
+
+def within(section: Section, low: float, high: float, *names: str) -> None:
+    """Raise ConfigError unless the named fields lie between `low` and `high`, both included."""
+    for name in names:
+        value = getattr(section, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
+
+
+def one_of(section: Section, choices: tuple[str, ...], *names: str) -> None:
+    """Raise ConfigError unless each of the named fields is one of `choices`."""
+    for name in names:
+        value = getattr(section, name)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
