@@ -1,7 +1,7 @@
 """The configuration of distillation: the two stages, and the teacher's paired endpoints.
 
-The defaults are DLM-One's (arXiv 2506.00290, Table 5); what the paper leaves open follows SiD-family
-code (see docs/distillation.md).
+The defaults are DLM-One's (arXiv 2506.00290, Table 5); what the paper leaves open follows code of
+the SiD family (see docs/distillation.md).
 """
 
 from __future__ import annotations

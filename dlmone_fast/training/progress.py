@@ -51,11 +51,11 @@ class Progress:
             return
         now = time.perf_counter()
         rate = self._samples / max(now - self._since, 1e-9)
-        self._samples, self._since = 0, now
         shown = ", ".join(f"{k}={v:.4g}" for k, v in list(self._latest.items())[:3])
         self._bar.set_postfix_str(f"{shown}, {rate:.0f} samples/s")
-        self.record(step + 1, {**self._latest, "samples_per_second": rate})
-        self._latest = {}
+        cost = {"samples": self._samples, "samples_per_second": rate}
+        self.record(step + 1, {**self._latest, **cost})
+        self._samples, self._since, self._latest = 0, now, {}
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one record of metrics.jsonl, and its numbers to TensorBoard."""
