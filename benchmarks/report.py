@@ -37,8 +37,8 @@ class Device:
 
     Attributes:
         name: of the folder of its records.
-        rows: of each operation and case, those of the newest record that has it; of records of
-            the same sources, those of the one that derives the fewest times.
+        rows: of each operation and case, those of the newest record that has it, or of an older
+            one of the same sources that measured what this one derived.
         used: the records that rows came from, newest first.
     """
 
@@ -101,23 +101,28 @@ def _is_surer(
 
 
 def _newest(name: str, found: Sequence[dict[str, Any]]) -> Device:
-    chosen: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
     for record in found:
-        derived: dict[tuple[str, str], int] = {}
-        for row in rows_of(record):
-            key = row.operation, row.case
-            derived[key] = derived.get(key, 0) + bool(row.derived)
-        for key, count in derived.items():
-            before = chosen.get(key)
-            if before is None or (count < before[1] and _same_sources(before[0], record)):
-                chosen[key] = record, count
+        for key in {(row.operation, row.case) for row in rows_of(record)}:
+            newer = chosen.setdefault(key, record)
+            if _same_sources(newer, record) and _derived(newer, key) & _measured(record, key):
+                chosen[key] = record
     device = Device(name)
     for record in found:
-        rows = [r for r in rows_of(record) if chosen[r.operation, r.case][0] is record]
+        rows = [row for row in rows_of(record) if chosen[row.operation, row.case] is record]
         if rows:
             device.rows += rows
             device.used.append(record)
     return device
+
+
+def _derived(record: dict[str, Any], key: tuple[str, str]) -> set[str]:
+    return {r.implementation for r in rows_of(record) if (r.operation, r.case) == key and r.derived}
+
+
+def _measured(record: dict[str, Any], key: tuple[str, str]) -> set[str]:
+    found = [row for row in rows_of(record) if (row.operation, row.case) == key]
+    return {row.implementation for row in found if row.median_ms is not None and not row.derived}
 
 
 def _same_sources(first: dict[str, Any], second: dict[str, Any]) -> bool:
