@@ -32,7 +32,7 @@ aot: $(READY)  ## compile every Triton kernel for A100 and H100, without a GPU
 sanitize: $(READY)  ## run the native code's tests under AddressSanitizer and UBSan
 	.ci/sanitize $(PY)
 
-bench: $(READY)  ## time everything beside its peers, a quarter of an hour on 2 cores; BENCH=--full for all
+bench: $(READY)  ## time everything beside its peers, under 15 minutes on 2 cores; BENCH=--full for all
 	$(PY) -m pip install --disable-pip-version-check -q -e ".[bench]"
 	$(PY) -m pytest benchmarks --benchmark-only --save-records $(BENCH)
 	$(PY) -m benchmarks.report

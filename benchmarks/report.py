@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import latency_study, latency_tables, records, tables
+from benchmarks import latency_study, latency_tables, records, tables, targets
 from benchmarks.quality_tables import QUALITY, quality
 from benchmarks.records import Row, rows_of
 from benchmarks.tables import markdown
@@ -37,7 +37,8 @@ class Device:
 
     Attributes:
         name: of the folder of its records.
-        rows: of each operation and case, those of the newest record that has it.
+        rows: of each operation and case, those of the newest record that has it, or of an older
+            one of the same sources that measured what this one derived.
         used: the records that rows came from, newest first.
     """
 
@@ -56,14 +57,15 @@ class Device:
         return [row for row in self.rows if row.operation.startswith(prefix)]
 
     def targets(self) -> list[dict[str, Any]]:
-        """Each target once, as the newest record judged it where it was measured."""
-        found: dict[str, dict[str, Any]] = {}
+        """Each target once, as the newest record judged it where it was measured; a measurement
+        of the same sources comes before what was derived."""
+        found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for record in self.used:
             for target in record["targets"]:
-                before = found.get(target["target"])
-                if before is None or (before["value"] is None and target["value"] is not None):
-                    found[target["target"]] = target
-        return list(found.values())
+                name = target["target"]
+                if name not in found or _is_surer(record, target, *found[name]):
+                    found[name] = record, target
+        return [target for _, target in found.values()]
 
 
 def devices(folder: Path = records.RESULTS) -> list[Device]:
@@ -85,15 +87,47 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def _is_surer(
+    record: dict[str, Any],
+    target: dict[str, Any],
+    newer: dict[str, Any],
+    known: dict[str, Any],
+) -> bool:
+    """Whether an older record's judgement of a target holds rather than the newer one's."""
+    if target["value"] is None:
+        return False
+    derived = targets.DERIVED in known["outcome"] and targets.DERIVED not in target["outcome"]
+    return known["value"] is None or (derived and _same_sources(record, newer))
+
+
 def _newest(name: str, found: Sequence[dict[str, Any]]) -> Device:
-    device, seen = Device(name), set[tuple[str, str]]()
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
     for record in found:
-        rows = [row for row in rows_of(record) if (row.operation, row.case) not in seen]
+        for key in {(row.operation, row.case) for row in rows_of(record)}:
+            newer = chosen.setdefault(key, record)
+            if _same_sources(newer, record) and _derived(newer, key) & _measured(record, key):
+                chosen[key] = record
+    device = Device(name)
+    for record in found:
+        rows = [row for row in rows_of(record) if chosen[row.operation, row.case] is record]
         if rows:
             device.rows += rows
             device.used.append(record)
-            seen |= {(row.operation, row.case) for row in rows}
     return device
+
+
+def _derived(record: dict[str, Any], key: tuple[str, str]) -> set[str]:
+    return {r.implementation for r in rows_of(record) if (r.operation, r.case) == key and r.derived}
+
+
+def _measured(record: dict[str, Any], key: tuple[str, str]) -> set[str]:
+    found = [row for row in rows_of(record) if (row.operation, row.case) == key]
+    return {row.implementation for row in found if row.median_ms is not None and not row.derived}
+
+
+def _same_sources(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    found = {record["environment"].get("content_hash") for record in (first, second)}
+    return len(found) == 1 and None not in found
 
 
 def page(device: Device, pictures: dict[str, Path]) -> str:

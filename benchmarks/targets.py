@@ -74,6 +74,10 @@ TARGETS = (
 )
 
 
+DERIVED = " (derived)"
+"""Ends an outcome whose peer was not measured as a whole."""
+
+
 def judge(
     rows: list[Row], device: str, copy_bandwidth: float, targets: Sequence[Target] = TARGETS
 ) -> list[dict[str, Any]]:
@@ -91,7 +95,7 @@ def judge(
         outcome = _outcome(target, value, _own(target, rows))
         peer = find(rows, target.operation, target.case, target.peer)
         if value is not None and peer is not None and peer.derived:
-            outcome += " (derived)"
+            outcome += DERIVED
         judged.append({"target": str(target), "value": value, "outcome": outcome})
     return judged
 

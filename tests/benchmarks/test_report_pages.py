@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import latency_study, records, report, tables
+from benchmarks import latency_study, records, report, tables, targets
 from benchmarks.records import Row, Score
 
 CPU = torch.device("cpu")
@@ -93,6 +93,24 @@ def test_the_newest_record_of_each_case_counts(tmp_path: Path):
         "2026-02-01",
         "2026-01-01",
     ]
+
+
+def test_a_whole_measurement_of_the_same_sources_counts_before_a_derived_one(tmp_path: Path):
+    name = latency_study.named(latency_study.PUBLISHED, 2000)
+    whole = Row(latency_study.OPERATION, "BERT-base, batch 1", name, False, 9.0, at=2000)
+    derived = replace(whole, median_ms=7.0, derived="from 65 steps")
+    target = {"target": "500 times", "value": 0.001, "outcome": "met"}
+    for date, rows, outcome, sources in (
+        ("2026-01-01", [whole], "met", "A"),
+        ("2026-02-01", [derived], "met" + targets.DERIVED, "A"),
+        ("2026-03-01", [replace(derived, median_ms=5.0)], "met" + targets.DERIVED, "B"),
+    ):
+        saved = record(rows, date, content_hash=sources)
+        records.save({**saved, "targets": [{**target, "outcome": outcome}]}, tmp_path)
+        (device,) = report.devices(tmp_path)
+        expected = {"A": 9.0, "B": 5.0}[sources]
+        assert [row.median_ms for row in device.rows] == [expected], date
+        assert [t["outcome"] for t in device.targets()] == ["met" if sources == "A" else outcome]
 
 
 def test_stale_and_older_records_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
