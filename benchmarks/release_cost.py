@@ -21,21 +21,38 @@ class PhaseCost:
 def phase_costs(run: Path) -> list[PhaseCost]:
     """The costs of the phases that `run`/metrics.jsonl tells of, in the order of their first lines.
 
-    Minutes are those of updates, validation and checkpoints up to the last logged step of each
-    slice; what a slice takes to start is not in them. Updates that were repeated after a resume
-    count once, their rows and minutes twice.
+    Minutes are those of updates, validation and checkpoints; what a slice takes to start is not in
+    them. Updates that were repeated after a resume count once, their rows and minutes twice.
     """
     found: dict[str, PhaseCost] = {}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record: dict[str, Any] = json.loads(line)
-        if "samples_per_second" not in record:
+        record = _parsed(line)
+        if "seconds" not in record:
             continue
-        phase, rows = record["phase"], record["samples"]
+        phase = record["phase"]
         cost = found.get(phase, PhaseCost(phase, 0, 0, 0.0))
         found[phase] = PhaseCost(
             phase,
             max(cost.updates, record["step"]),
-            cost.samples + rows,
-            cost.minutes + rows / record["samples_per_second"] / 60,
+            cost.samples + record["samples"],
+            cost.minutes + record["seconds"] / 60,
         )
     return list(found.values())
+
+
+def slices(run: Path) -> list[dict[str, Any]]:
+    """Device and minutes of each process that worked on the run, itself not included."""
+    file = run / "slices.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [found for found in map(_parsed, lines) if found]
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    # A process that was killed may have left half a line.
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return {}
+    return record

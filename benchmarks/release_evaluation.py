@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import records
-from benchmarks.release_cost import phase_costs
+from benchmarks.release_cost import phase_costs, slices
 from dlmone_fast.data.rows import Row, load_rows
+from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.run import evaluate_model
 from dlmone_fast.evaluation.table import Table
-from dlmone_fast.models.denoiser import denoiser_from_folder
-from dlmone_fast.models.folder import load_folder
+from dlmone_fast.files import write_atomically
+from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.runtime import Generator, load_model
 from dlmone_fast.tasks.paper import paper_rows
 from dlmone_fast.training import RunResult
-from dlmone_fast.training.validation import generation_settings
 
 CANDIDATES = 10
 """Texts a source of the student, and of every MBR row, as the paper has it."""
@@ -44,7 +43,9 @@ COLUMNS = (
     ("length", "length_ratio", False),
 )
 
-Scores = Mapping[str, Any]
+Scored = dict[str, Any]
+"""A row of the table: system, calls (None: nothing was generated), texts a source, sources, scores
+by metric, and intervals."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Budget:
     """How many test rows are used; 0: all.
 
     Attributes:
-        rows: of every system with one text a source, and of the student.
+        rows: of every system.
         mbr_rows: of the teacher's candidates.
     """
 
@@ -70,67 +71,78 @@ class Budget:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Budget:
         """What the command line says."""
+        for name in ("rows", "mbr_rows"):
+            if getattr(options, name) < 0:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag}: expected 0 or more, got {getattr(options, name)}")
         return cls(options.rows, options.mbr_rows)
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One row of the table.
+class _System:
+    """A model and how it is called, for the first `rows` of the test split."""
 
-    Attributes:
-        calls: network calls a text; None: nothing was generated.
-        texts: texts a source.
-        rows: sources.
-        scores: what `evaluate_model` returns, or a part of it.
-    """
-
-    system: str
-    calls: int | None
+    name: str
+    model: Generator
+    calls: int
     texts: int
-    rows: int
-    scores: Scores
+    rows: Sequence[Row]
+    sampler: str | None = None
 
 
 def evaluate_release(
     result: RunResult, student: Path, budget: Budget, say: Callable[[str], None]
-) -> tuple[dict[str, Any], str]:
-    """Score every system on the test split.
+) -> dict[str, Any]:
+    """Score every system on the test split; what evaluation.json holds.
+
+    Each system's rows are kept in the run's folder, so that an interrupted evaluation goes on.
 
     Args:
         result: a finished run.
-        student: the model folder that is released.
+        student: the model folder that is to be released.
         budget: how many rows.
-        say: called with a line for each system.
+        say: called with a line for each row.
 
-    Returns:
-        What evaluation.json holds, and its rows in Markdown.
+    Raises:
+        InterruptedAndSavedError: the run's time is up.
     """
-    found = []
-    loaded = load_model(student, result.workspace.config.device, "fp32")
-    for row in _systems(result, loaded, budget):
-        found.append(row)
-        say(f"{row.system}, {row.calls} calls: BLEU {row.scores['bleu']:.4f}")
-    content = {
-        **records.environment(torch.device(result.workspace.device)),
-        "seed": result.workspace.config.seed,
+    limit, seed = result.workspace.limit, result.workspace.config.seed
+    kept = result.root / "evaluation" / hash_file(student / MANIFEST_NAME)[:16]
+    kept.mkdir(parents=True, exist_ok=True)
+    found: list[Scored] = []
+    for index, system in enumerate(_systems(result, student, budget)):
+        file = kept / f"{index}-of-{len(system.rows)}-rows.json"
+        if not file.exists():
+            limit.check("the rest of the evaluation")
+            text = json.dumps(_scored(system, seed), ensure_ascii=False, indent=1)
+            write_atomically(file, [text.encode()])
+            # From now on the time counts: this process has got on.
+            limit.reached()
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        say(f"{system.name}, {system.calls} calls: BLEU {rows[0]['scores']['bleu']:.4f}")
+        found += rows
+    # Every system's rows end with those of the source and of the reference.
+    baselines = ("copy", "reference")
+    last = found[-len(baselines) :]
+    return {
+        **records.environment(result.workspace.device),
+        "seed": seed,
+        "slices": slices(result.root),
         "cost": [asdict(cost) for cost in phase_costs(result.root)],
-        "rows": [_plain(row) for row in found],
+        "rows": [row for row in found if row["system"] not in baselines] + last,
     }
-    return content, table(found, result.workspace.config.data.task).markdown()
 
 
 def better_student(result: RunResult, say: Callable[[str], None]) -> str:
     """The stage whose student has the higher iBLEU on the validation split, in one call."""
     workspace = result.workspace
-    rows = load_rows(
-        workspace.data_dir, "valid", limit=workspace.config.distill.validation_rows
-    )  # fmt: skip
+    count = workspace.config.distill.validation_rows
+    rows = load_rows(workspace.data_dir, "valid", limit=count)
     scores = {}
     for stage in ("stage1", "stage2"):
-        student = load_model(workspace.model(stage), workspace.config.device, "fp32")
         found = evaluate_model(
-            student, rows=rows, num_candidates=4, seed=1, batch_size=_BATCH_SIZE, bootstrap=0,
-            progress=False,
+            _load(result, workspace.model(stage)), rows=rows, num_candidates=4,
+            seed=workspace.config.seed, batch_size=_BATCH_SIZE, bootstrap=0, progress=False,
         )  # fmt: skip
         scores[stage] = found["ibleu"]
         say(f"{stage} on the validation split: iBLEU {found['ibleu']:.4f}")
@@ -138,72 +150,69 @@ def better_student(result: RunResult, say: Callable[[str], None]) -> str:
     return max(("stage2", "stage1"), key=lambda stage: scores[stage])
 
 
-def table(rows: list[Evaluated], task: str) -> Table:
-    """One line a system, the paper's below."""
+def table(rows: Sequence[Scored], task: str) -> Table:
+    """One line a row, the paper's below."""
     found = Table(["system", "NFE", "texts", "sources", *(title for title, _, _ in COLUMNS)])
     for row in rows:
-        cells = [
-            None if name == "div_4" and row.texts == 1 else _cell(row.scores, name, interval)
-            for _, name, interval in COLUMNS
-        ]
-        found.add(row.system, row.calls, row.texts, row.rows, *cells)
+        cells = [_cell(row, name, interval) for _, name, interval in COLUMNS]
+        found.add(row["system"], row["calls"], row["texts"], row["sources"], *cells)
     for published in paper_rows(task, mbr=True):
-        cells = [getattr(published, name, None) for _, name, _ in COLUMNS]
-        shown = [None if value is None else f"{value:.3f}" for value in cells]
+        values = [getattr(published, name, None) for _, name, _ in COLUMNS]
+        shown = [None if value is None else f"{value:.3f}" for value in values]
         mbr = f", MBR-{published.candidates}" if published.candidates > 1 else ""
         found.add(f"{published.system}{mbr} (paper)", published.nfe, None, None, *shown)
     return found
 
 
-def _systems(result: RunResult, student: Generator, budget: Budget) -> Iterator[Evaluated]:
-    rows = load_rows(result.workspace.data_dir, "test", limit=budget.rows)
-    teacher = _teacher(result, student)
-    for steps in TEACHER_STEPS:
-        yield from _scored("teacher, ddim", teacher, rows, steps, 1, "ddim")
+def _systems(result: RunResult, folder: Path, budget: Budget) -> Iterator[_System]:
+    rows = load_rows(result.workspace.data_dir, "test", limit=budget.rows or None)
     some = rows[: budget.mbr_rows or len(rows)]
-    yield from _scored("teacher, ddim", teacher, some, TEACHER_STEPS[0], CANDIDATES, "ddim")
-    once = Generator(teacher.denoiser, student.tokenizer, student.settings, "fp32")
-    yield from _scored("undistilled (θ = φ)", once, rows, 1, 1)
-    for steps in STUDENT_STEPS:
-        yield from _scored("student", student, rows, steps, CANDIDATES)
-    baselines = evaluate_model(student, rows=rows, batch_size=_BATCH_SIZE, progress=False)
-    for name in ("copy", "reference"):
-        yield Evaluated(name, None, 1, len(rows), baselines["baselines"][name])
-
-
-def _scored(
-    name: str,
-    model: Generator,
-    rows: list[Row],
-    steps: int,
-    candidates: int,
-    sampler: str | None = None,
-) -> Iterator[Evaluated]:
-    scores = evaluate_model(
-        model, rows=rows, num_candidates=candidates, mbr=candidates > 1, steps=steps,
-        sampler=sampler, batch_size=_BATCH_SIZE, progress=False,
-    )  # fmt: skip
-    yield Evaluated(name, steps, candidates, len(rows), scores)
-    if scores["mbr"]:
-        yield Evaluated(f"{name}, MBR-{candidates}", steps, 1, len(rows), scores["mbr"])
-
-
-def _teacher(result: RunResult, student: Generator) -> Generator:
     assert result.teacher is not None
-    denoiser = denoiser_from_folder(load_folder(result.teacher)).to(student.device)
-    settings = generation_settings(result.workspace.config, "teacher")
-    return Generator(denoiser, student.tokenizer, settings, "fp32")
+    student, teacher = _load(result, folder), _load(result, result.teacher)
+    for calls in TEACHER_STEPS:
+        yield _System("teacher, ddim", teacher, calls, 1, rows, "ddim")
+    yield _System("teacher, ddim", teacher, TEACHER_STEPS[0], CANDIDATES, some, "ddim")
+    once = Generator(teacher.denoiser, student.tokenizer, student.settings, "fp32")
+    yield _System("undistilled (θ = φ)", once, 1, 1, rows)
+    for calls in STUDENT_STEPS:
+        yield _System("student", student, calls, CANDIDATES, rows)
 
 
-def _cell(scores: Scores, name: str, with_interval: bool) -> str | None:
-    value = scores.get(name)
+def _load(result: RunResult, folder: Path) -> Generator:
+    # One engine for all: any of them runs it, teachers that read their estimates too.
+    return load_model(folder, result.workspace.config.device, "fp32", backend="eager")
+
+
+def _scored(system: _System, seed: int) -> list[Scored]:
+    scores = evaluate_model(
+        system.model, rows=list(system.rows), num_candidates=system.texts, mbr=system.texts > 1,
+        steps=system.calls, sampler=system.sampler, seed=seed, batch_size=_BATCH_SIZE,
+        progress=False,
+    )  # fmt: skip
+    sources = len(system.rows)
+    found = [_row(system.name, system.calls, system.texts, sources, scores)]
+    if scores["mbr"]:
+        name = f"{system.name}, MBR-{system.texts}"
+        found.append(_row(name, system.calls, 1, sources, scores["mbr"]))
+    for name in ("copy", "reference"):
+        found.append(_row(name, None, 1, sources, scores["baselines"][name]))
+    return found
+
+
+def _row(
+    system: str, calls: int | None, texts: int, sources: int, scores: Mapping[str, Any]
+) -> Scored:
+    names = [name for _, name, _ in COLUMNS if name != "div_4" or texts > 1]
+    return {
+        "system": system, "calls": calls, "texts": texts, "sources": sources,
+        "scores": {name: scores.get(name) for name in names},
+        "intervals": {k: v for k, v in scores["intervals"].items() if k in names},
+    }  # fmt: skip
+
+
+def _cell(row: Scored, name: str, with_interval: bool) -> str | None:
+    value = row["scores"].get(name)
     if value is None:
         return None
-    low, high = scores["intervals"].get(name, (value, value))
+    low, high = row["intervals"].get(name, (value, value))
     return f"{value:.3f} ± {(high - low) / 2:.3f}" if with_interval else f"{value:.3f}"
-
-
-def _plain(row: Evaluated) -> dict[str, Any]:
-    scores = {name: row.scores.get(name) for _, name, _ in COLUMNS}
-    shown = {k: v for k, v in row.scores["intervals"].items() if k in scores}
-    return {**asdict(row), "scores": {**scores, "intervals": shown}}

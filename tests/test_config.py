@@ -222,6 +222,22 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: 
             "distill.stage2 has anchor_steps or anchor_weight",
         ),
         (
+            {"distill": {"stage1": {"anchor_weight": 0.1}}},
+            "distill.stage1.anchor_weight is 0.1 and anchor_decay_steps is 0",
+        ),
+        (
+            {"model": {"self_conditioning": True}, "teacher": {"self_conditioning_share": 1.0}},
+            "teacher.self_conditioning_share must lie between 0 and 1 with",
+        ),
+        (
+            {"teacher": {"timestep_sampler": "log-snr"}},
+            "teacher.timestep_sampler = 'log-snr' needs model.normalize_embedding",
+        ),
+        (
+            {"distill": {"decodable_margin": 2.0}},
+            "distill.decodable_margin needs model.normalize_embedding",
+        ),
+        (
             {"distill": {"t_init": 3, "stage1": {"few_steps": 4}}},
             "distill.stage1.few_steps must be at most t_init (3), got 4",
         ),

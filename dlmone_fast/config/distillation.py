@@ -54,7 +54,7 @@ class StageConfig(Section):
     """Weight of the anchor loss beside the stage's own at the first θ update; keep it small or 0:
     an anchor that stays on freezes the student."""
     anchor_decay_steps: int = 0
-    """θ updates over which `anchor_weight` falls linearly to zero; 0: off at once."""
+    """θ updates over which `anchor_weight` falls linearly to zero."""
     anchor_learning_rate: float = 1e-4
     """Learning rate of θ in the `anchor_steps` updates."""
     anchor_mse_weight: float = 1.0
@@ -99,6 +99,11 @@ class StageConfig(Section):
         within(self, 0, 1, "weight_floor")
         within(self, 1, 10_000_000, "validate_every", "save_every")
         one_of(self, ("linear", "cosine", "constant"), "decay")
+        if self.anchor_weight and not self.anchor_decay_steps:
+            raise ConfigError(
+                f"anchor_weight is {self.anchor_weight:g} and anchor_decay_steps is 0: it would "
+                "never count; set the θ updates over which it falls to zero, or leave it at 0"
+            )
 
     @property
     def anchored(self) -> bool:

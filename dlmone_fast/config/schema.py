@@ -260,6 +260,7 @@ class Config(Section):
             )
         self._check_task()
         self._check_calls()
+        self._check_ingredients()
         if self.distill.pairs.steps > last:
             raise ConfigError(
                 f"distill.pairs.steps must be at most diffusion.num_timesteps ({last}), got "
@@ -272,6 +273,24 @@ class Config(Section):
                 "distill.selection_metric = 'balanced' needs data.task = 'grammar' or "
                 f"'grammar-templates', got {self.data.task!r}; use 'bleu' or 'ibleu'"
             )
+
+    def _check_ingredients(self) -> None:
+        share = self.teacher.self_conditioning_share
+        if self.model.self_conditioning and not 0 < share < 1:
+            raise ConfigError(
+                "teacher.self_conditioning_share must lie between 0 and 1 with "
+                f"model.self_conditioning, got {share:g}: both calls with an estimate and the "
+                "first one, without, are to be learnt"
+            )
+        for name, used in (
+            ("teacher.timestep_sampler = 'log-snr'", self.teacher.timestep_sampler == "log-snr"),
+            ("distill.decodable_margin", bool(self.distill.decodable_margin)),
+        ):
+            if used and not self.model.normalize_embedding:
+                raise ConfigError(
+                    f"{name} needs model.normalize_embedding: where tokens become decodable is "
+                    "known for embedding rows of one norm"
+                )
 
     def _check_calls(self) -> None:
         # Found now rather than after the training that the table ends.

@@ -166,7 +166,12 @@ def chosen_pairs(
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {"seed": config.seed, **dataclasses.asdict(config.distill.pairs)}
+    c = config.distill.pairs
+    return {
+        "seed": config.seed,
+        "both_directions": config.data.both_directions,
+        **dataclasses.asdict(c),
+    }
 
 
 def _checked(checkpoint: Checkpoint, config: Config) -> Pairs:
@@ -174,7 +179,8 @@ def _checked(checkpoint: Checkpoint, config: Config) -> Pairs:
     if found != expected:
         raise CheckpointError(
             f"{checkpoint.path}: its pairs were made with {found}, this run has {expected}; name "
-            "the same seed and distill.pairs, or start over with --resume never"
+            "the same seed, data.both_directions and distill.pairs, or start over with --resume "
+            "never"
         )
     tensors = checkpoint.tensors["pairs"]
     return Pairs(pairs_seed(config), tensors["rows"], tensors["samples"], tensors["ids"])

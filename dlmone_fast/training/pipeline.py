@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlmone_fast.config import Config
 from dlmone_fast.data.rows import load_rows
-from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.tokenizer import Tokenizer
@@ -61,6 +61,7 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
     """
     workspace, folder = _open_with_teacher(config, teacher, "auto")
     phases = _after_the_teacher(workspace.config)
+    _check_pairs_are_read(workspace.config)
     if resume == "never":
         for phase in phases:
             workspace.clear(phase)
@@ -103,6 +104,8 @@ def run(
         raise UsageError("--phase pairs has nothing to make: set --distill.pairs.count")
     if phase in ("stage2", "all"):
         _check_test_split(config)
+    if phase == "all":
+        _check_pairs_are_read(config)
     if phase in ("teacher", "all") and not teacher:
         workspace = open_workspace(
             config, resume="never" if resume == "never" else "auto", started=started
@@ -139,6 +142,15 @@ def _check_test_split(config: Config) -> None:
     # A grammar is yet to be written, and a missing data_dir is open_workspace's to tell.
     if config.data_dir and not config.is_grammar:
         load_rows(config.data_dir, "test", limit=1)
+
+
+def _check_pairs_are_read(config: Config) -> None:
+    c = config.distill
+    if c.pairs.count and not (c.stage1.anchored or c.stage2.anchored):
+        raise ConfigError(
+            f"distill.pairs.count is {c.pairs.count}, and neither stage reads the pairs: set "
+            "anchor_steps, or anchor_weight and anchor_decay_steps, of a stage; or count to 0"
+        )
 
 
 def _train_teacher(workspace: Workspace, resume: StrPath) -> None:

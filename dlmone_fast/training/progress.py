@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -30,12 +31,13 @@ class Progress:
         self._path = root / "metrics.jsonl"
         with writing(self._path):
             self._file = self._path.open("a", encoding="utf-8")
+            self._end_torn_line()
         self._bar = tqdm(
             total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05
         )
         with writing(root / "tensorboard"):
             self._board = _tensorboard(root)
-        self._samples, self._since = 0, time.perf_counter()
+        self._step, self._samples, self._since = start, 0, time.perf_counter()
         self._latest: dict[str, float] = {}
 
     def advance(self, step: int, samples: int, values: Mapping[str, float]) -> None:
@@ -44,18 +46,18 @@ class Progress:
         A record holds the latest value of everything noted since the one before, so that what is
         measured rarely is not lost between two records.
         """
+        self._step = step + 1
         self._samples += samples
         self._latest.update(values)
         self._bar.update(1)
         if (step + 1) % self.log_every and step + 1 != self._bar.total:
             return
-        now = time.perf_counter()
-        rate = self._samples / max(now - self._since, 1e-9)
+        cost = self._cost()
+        rate = cost["samples"] / max(cost["seconds"], 1e-9)
         shown = ", ".join(f"{k}={v:.4g}" for k, v in list(self._latest.items())[:3])
         self._bar.set_postfix_str(f"{shown}, {rate:.0f} samples/s")
-        cost = {"samples": self._samples, "samples_per_second": rate}
-        self.record(step + 1, {**self._latest, **cost})
-        self._samples, self._since, self._latest = 0, now, {}
+        self.record(step + 1, {**self._latest, "samples_per_second": rate, **cost})
+        self._latest = {}
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one record of metrics.jsonl, and its numbers to TensorBoard."""
@@ -73,13 +75,31 @@ class Progress:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """End the bar and the files."""
+        """Record what was done since the last record; end the bar and the files."""
         self._bar.close()
-        with writing(self._path):
-            self._file.close()
+        try:
+            self.record(self._step, {**self._latest, **self._cost()})
+        finally:
+            with writing(self._path):
+                self._file.close()
         if self._board is not None:
             with writing(self._path.with_name("tensorboard")):
                 self._board.close()
+
+    def _cost(self) -> dict[str, float]:
+        """Rows and seconds since the last call."""
+        now = time.perf_counter()
+        cost = {"samples": self._samples, "seconds": now - self._since}
+        self._samples, self._since = 0, now
+        return cost
+
+    def _end_torn_line(self) -> None:
+        # A process that was killed may have written half a line; the next is not glued to it.
+        if self._path.stat().st_size:
+            with self._path.open("rb") as written:
+                written.seek(-1, os.SEEK_END)
+                if written.read() != b"\n":
+                    self._file.write("\n")
 
 
 def _json(value: Any) -> Any:

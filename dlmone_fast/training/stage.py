@@ -220,8 +220,11 @@ class Stage:
         with autocast(self.workspace):
             x0_fake, _ = self.score(self.schedule.q_sample(x_fake, t, noise, fake.mask), time)
             x0_real = self.teacher(self.schedule.q_sample(real.embeddings, t, noise, real.mask), t)
-        of_fake = score_matching_loss(x_fake, x0_fake, fake.mask).mean()
-        of_real = score_matching_loss(real.embeddings, x0_real, real.mask).mean()
+        # ψ learns where the positions are kept, so that is where it can lag.
+        kept = self._kept(fake, x_fake, step, Stream.FAKE_PAD)
+        kept_real = self._kept(real, None, step, Stream.REAL_PAD)
+        of_fake = score_matching_loss(x_fake, x0_fake, kept).mean()
+        of_real = score_matching_loss(real.embeddings, x0_real, kept_real).mean()
         return float(of_fake / of_real)
 
     def _score_losses(self, step: int, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import pytest
 import dlmone_fast
 from benchmarks import release_evaluation, train_release
 from benchmarks.release_cost import PhaseCost, phase_costs
-from benchmarks.release_evaluation import Evaluated, table
+from benchmarks.release_data import overlap
+from benchmarks.release_evaluation import table
 from benchmarks.train_release import SCHEDULES, release_config
 from dlmone_fast.errors import InterruptedAndSavedError, UsageError
+from dlmone_fast.evaluation.run import evaluate_model
 from dlmone_fast.models.folder import load_folder
+from dlmone_fast.training import run
 
 WORDS = ("a", "the", "new", "old", "house", "song", "we", "you", "find", "sell", "how", "why")
 
@@ -36,7 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(**changes: object) -> argparse.Namespace:
     given = {
-        "schedule": "smoke", "data_dir": "data/qqp", "output_dir": "", "device": "cpu", "seed": 3,
+        "schedule": "smoke", "data_dir": "data", "output_dir": "", "device": "cpu", "seed": 3,
+        "task": "qqp",
         "max_minutes": 2.0, **changes,
     }  # fmt: skip
     return argparse.Namespace(**given)
@@ -48,22 +53,22 @@ def test_every_schedule_is_a_configuration():
         assert config.preset == train_release.PRESET
         assert (config.seed, config.max_minutes, config.device) == (3, 2.0, "cpu")
     assert release_config(options()).data.task == "qqp"
-    assert release_config(options()).output_dir == "runs/smoke-qqp"
-    assert release_config(options(data_dir="data/e2e")).data.task == "custom"
+    assert release_config(options(task="custom")).output_dir == "runs/release-custom-smoke"
     with pytest.raises(UsageError, match=r"--schedule: expected one of .*smoke.*, got 'none'"):
         release_config(options(schedule="none"))
 
 
 def test_costs_are_summed_over_the_slices_of_a_phase(tmp_path: Path):
     lines = [
-        {"phase": "teacher", "step": 10, "samples": 600, "samples_per_second": 10.0},
+        {"phase": "teacher", "step": 10, "samples": 600, "seconds": 60.0},
         {"phase": "teacher", "step": 10, "valid_loss": 1.0},
-        {"phase": "teacher", "step": 20, "samples": 600, "samples_per_second": 5.0},
-        {"phase": "stage1", "step": 4, "samples": 60, "samples_per_second": 1.0},
+        {"phase": "teacher", "step": 20, "samples": 600, "seconds": 120.0},
+        {"phase": "stage1", "step": 4, "samples": 60, "seconds": 60.0},
         # Again from the checkpoint of step 10.
-        {"phase": "teacher", "step": 20, "samples": 600, "samples_per_second": 10.0},
+        {"phase": "teacher", "step": 20, "samples": 600, "seconds": 60.0},
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    # A process that was killed left half a line.
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"phase": "teac\n'
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     assert phase_costs(tmp_path) == [
         PhaseCost("teacher", 20, 1800, 4.0),
@@ -76,10 +81,20 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
 ):
     root = tmp_path / "run"
     command = ["--data-dir", str(data), "--schedule", "smoke", "--output-dir", str(root)]
-    command += ["--device", "cpu", "--rows", "6", "--mbr-rows", "3"]
-    with pytest.raises(InterruptedAndSavedError, match="teacher"):
+    command += ["--device", "cpu", "--mbr-rows", "3", "--seed", "5", "--task", "custom"]
+    with pytest.raises(UsageError, match="--terms: expected the terms of the data"):
+        train_release.main(command)
+    command += ["--terms", "Made up: do as you like."]
+    with pytest.raises(InterruptedAndSavedError, match="1 of 20 steps of teacher"):
         train_release.main([*command, "--max-minutes", "1e-6"])
-    assert not (root / "release").exists()
+    run(release_config(train_release._parser().parse_args(command)))
+    slices = 1
+    while not (root / "release").exists():
+        slices += 1
+        with suppress(InterruptedAndSavedError):
+            train_release.main([*command, "--max-minutes", "1e-6"])
+    # One system of the evaluation each.
+    assert slices == 8
     capsys.readouterr()
     train_release.main(command)
     printed = capsys.readouterr().out
@@ -90,9 +105,15 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
         "teacher", "pairs", "stage1", "stage2",
     ]  # fmt: skip
     student = next(row for row in evaluation["rows"] if row["system"] == "student")
-    assert (student["calls"], student["texts"], student["rows"]) == (1, 10, 6)
+    assert (student["calls"], student["texts"], student["sources"]) == (1, 10, 25)
+    assert student["scores"]["bleu"] == pytest.approx(_bleu_of_candidates(root, data), abs=1e-12)
+    assert [row["system"] for row in evaluation["rows"]][-2:] == ["copy", "reference"]
+    assert evaluation["rows"][-1]["scores"]["bleu"] == 1
+    assert len(evaluation["slices"]) == slices
+    assert evaluation["cost"][0]["samples"] == 20 * 32
     card = (root / "release" / "README.md").read_text(encoding="utf-8")
     assert printed.strip() in card
+    assert "do as you like" in card
     shown = [line for line in card.splitlines() if line.startswith("| 19 |")]
     assert len(shown) == 1
     texts = dlmone_fast.generate(["a new house ?"], model=root / "release", on_overflow="truncate")
@@ -100,6 +121,26 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
     # Where a machine keeps its data is nobody's business.
     for path in (root / "release").glob("*.json"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8")
+
+
+def _bleu_of_candidates(root: Path, data: Path) -> float:
+    """The student's BLEU again, from the released folder, with the run's seed."""
+    student = dlmone_fast.load(root / "release", dtype="fp32", backend="eager")
+    scores = evaluate_model(student, str(data), num_candidates=10, seed=5, batch_size=256)
+    found: float = scores["bleu"]
+    return found
+
+
+def test_overlap_counts_pairs_in_either_order_case_and_punctuation_aside(tmp_path: Path):
+    for split, pairs in (
+        ("train", [("One!", "two"), ("three", "four")]),
+        ("test", [("TWO?", "one"), ("three", "five"), ("six", "seven")]),
+    ):
+        text = "".join(json.dumps({"src": a, "trg": b}) + "\n" for a, b in pairs)
+        (tmp_path / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    found = overlap(tmp_path)
+    assert found.startswith("Of 3 test pairs 1 also occur in the training split, in either order; ")
+    assert "2 share a text with it; in 1 both texts are unseen" in found
 
 
 def test_the_second_stage_is_released_unless_it_is_worse(
@@ -118,7 +159,7 @@ def test_the_second_stage_is_released_unless_it_is_worse(
     class Result:
         workspace = Workspace()
 
-    monkeypatch.setattr(release_evaluation, "load_model", lambda stage, *_: stage)
+    monkeypatch.setattr(release_evaluation, "load_model", lambda stage, *_, **__: stage)
     monkeypatch.setattr(
         release_evaluation, "evaluate_model", lambda stage, **_: {"ibleu": scores[stage]}
     )
@@ -129,10 +170,11 @@ def test_the_second_stage_is_released_unless_it_is_worse(
 
 
 def test_what_one_text_cannot_have_is_left_empty():
-    scores = {"bleu": 0.5, "div_4": 1.0, "intervals": {"bleu": [0.4, 0.7]}}
-    text = table([Evaluated("a", 1, 1, 9, scores), Evaluated("b", 1, 10, 9, scores)], "qqp")
-    one, ten = (row for row in text.rows if row[0] in "ab")
+    row = {"calls": 1, "sources": 9, "intervals": {"bleu": [0.4, 0.7]}}
+    one = {**row, "system": "a", "texts": 1, "scores": {"bleu": 0.5}}
+    ten = {**row, "system": "b", "texts": 10, "scores": {"bleu": 0.5, "div_4": 1.0}}
+    text = table([one, ten], "qqp")
     title = text.columns.index("Div-4")
-    assert (one[title], ten[title]) == ("-", "1.000")
-    assert "0.500 ± 0.150" in one
+    assert [cells[title] for cells in text.rows[:2]] == ["-", "1.000"]
+    assert "0.500 ± 0.150" in text.rows[0]
     assert any("MBR-10 (paper)" in row[0] for row in text.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dlmone_fast.errors import CheckpointError, ConfigError, UsageError
 from dlmone_fast.kernels.noise import Stream, normal, permutation
 from dlmone_fast.models.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from dlmone_fast.models.denoiser import load_teacher
+from dlmone_fast.models.folder import load_folder, save_folder
 from dlmone_fast.runtime import GenerationSettings, Generator, executor
 from dlmone_fast.training import RunResult, distill, run
 from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
@@ -23,6 +25,23 @@ from dlmone_fast.training.workspace import Workspace, open_workspace
 
 Make = Callable[..., Config]
 PAIRS = {"count": 14, "per_source": 3, "steps": 4, "batch_size": 4, "save_every": 2}
+
+
+def _with_estimates(teacher: Path, path: Path) -> Path:
+    """The teacher with a random projection of its estimates, which then matter."""
+    folder = load_folder(teacher)
+    model = folder.config["model"]
+    weight = torch.randn(
+        model["hidden_size"], model["embedding_dim"], generator=torch.Generator().manual_seed(0)
+    )
+    assert folder.tokenizer_path is not None
+    return save_folder(
+        path,
+        config={**folder.config, "model": {**model, "self_conditioning": True}},
+        tensors={**folder.tensors, "backbone.estimate_projection.weight": weight},
+        tokenizer_json=folder.tokenizer_path.read_text(encoding="utf-8"),
+        generation_config=folder.generation_config,
+    )
 
 
 class CrashError(Exception):
@@ -76,6 +95,7 @@ def test_a_second_epoch_brings_new_noises_of_the_same_rows(
     assert len(set(zip(pairs.rows.tolist(), pairs.samples.tolist(), strict=True))) == 604
 
 
+@pytest.mark.parametrize("self_conditioning", [False, True])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
 def test_an_endpoint_is_what_the_teacher_generates_from_the_same_noise(
     tiny: Make,
@@ -83,14 +103,17 @@ def test_an_endpoint_is_what_the_teacher_generates_from_the_same_noise(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     sampler: str,
+    self_conditioning: bool,
 ) -> None:
-    assert finished.teacher is not None
+    teacher = finished.root / "teacher"
+    if self_conditioning:
+        teacher = _with_estimates(teacher, tmp_path / "teacher")
     config = tiny(tmp_path / "run", distill={"pairs": {**PAIRS, "sampler": sampler}})
-    workspace = run(config, "pairs", teacher=finished.teacher).workspace
+    workspace = run(config, "pairs", teacher=teacher).workspace
     pairs = made(workspace)
     rows = load_rows(workspace.data_dir, "train")
     settings = GenerationSettings(kind="teacher", sampler=sampler, steps=4, max_source_tokens=14)
-    generator = Generator(load_teacher(finished.teacher), workspace.tokenizer, settings)
+    generator = Generator(load_teacher(teacher), workspace.tokenizer, settings)
     z = pairs.latents(slice(0, 14), 16, torch.device("cpu"))
     monkeypatch.setattr(executor, "_noise_of", lambda *_: lambda step: z)
     found = generator.generate_candidates(
@@ -155,8 +178,18 @@ def test_starting_over_makes_the_pairs_again(
     for resume in ("auto", "auto", "never"):
         run(config, "pairs", teacher=teacher, resume=resume)
     assert seen == [0, 1, 2, 3] * 2
-    distill(config, teacher, resume="never")
-    assert seen == [0, 1, 2, 3] * 3
+    for needs in (lambda: distill(config, teacher), lambda: run(config, teacher=teacher)):
+        with pytest.raises(ConfigError, match="neither stage reads the pairs: set anchor_steps"):
+            needs()
+    stage = replace(config.distill.stage1, anchor_steps=1)
+    config = replace(
+        config,
+        output_dir=f"{config.output_dir}-anchored",
+        distill=replace(config.distill, stage1=stage),
+    )
+    for _ in range(2):
+        distill(config, teacher, resume="never")
+    assert seen == [0, 1, 2, 3] * 4
 
 
 def test_pairs_of_other_settings_are_refused(

@@ -102,7 +102,7 @@ def test_the_anchor_beside_the_stage_decays_to_zero_and_reads_no_pair_then(
     weights = [phase.stage.anchor_weight(step) for step in range(6)]
     assert weights == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0, 0.0])
     assert ["anchor" in phase.update(step) for step in range(6)] == [True] * 4 + [False] * 2
-    off = tiny(tmp_path / "off", distill={"stage1": {"anchor_weight": 0.8}})
+    off = tiny(tmp_path / "off", distill={"stage1": {"anchor_decay_steps": 4}})
     assert not off.distill.stage1.anchored
 
 
