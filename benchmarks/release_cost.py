@@ -34,7 +34,7 @@ def phase_costs(run: Path) -> list[PhaseCost]:
         found[phase] = PhaseCost(
             phase,
             max(cost.updates, record["step"]),
-            cost.samples + record["samples"],
+            cost.samples + record["rows"],
             cost.minutes + record["seconds"] / 60,
         )
     return list(found.values())

@@ -156,16 +156,18 @@ def stage_bytes(config: Config, counted: Parameters, stage: StageConfig) -> dict
     """Estimated peak memory of a stage by part.
 
     Weights: φ, θ, ψ and the best student so far, beside the shared embedding. Activations: the
-    largest update, which is θ's, runs through θ, φ and ψ.
+    largest update, which is θ's, runs through θ, φ and ψ. Logits: those of the anchor loss.
     """
     backbone, score = _FP32 * counted.backbone, _FP32 * (counted.backbone + counted.head)
-    rows = min(stage.micro_batch_size, stage.batch_size)
+    rows, model = min(stage.micro_batch_size, stage.batch_size), config.model
+    logits = 2 * _FP32 * rows * model.seq_len * model.vocab_size if stage.anchored else 0
     return {
         "weights": _FP32 * counted.tokens + 3 * backbone + score,
         "gradients": backbone + score,
         "Adam": 2 * (backbone + score),
         "EMA": backbone,
-        "activations": 3 * activation_bytes(config.model, rows, _element(config)),
+        "activations": 3 * activation_bytes(model, rows, _element(config)),
+        **({"logits": logits} if logits else {}),
     }
 
 

@@ -53,7 +53,7 @@ class Progress:
         if (step + 1) % self.log_every and step + 1 != self._bar.total:
             return
         cost = self._cost()
-        rate = cost["samples"] / max(cost["seconds"], 1e-9)
+        rate = cost["rows"] / max(cost["seconds"], 1e-9)
         shown = ", ".join(f"{k}={v:.4g}" for k, v in list(self._latest.items())[:3])
         self._bar.set_postfix_str(f"{shown}, {rate:.0f} samples/s")
         self.record(step + 1, {**self._latest, "samples_per_second": rate, **cost})
@@ -89,7 +89,7 @@ class Progress:
     def _cost(self) -> dict[str, float]:
         """Rows and seconds since the last call."""
         now = time.perf_counter()
-        cost = {"samples": self._samples, "seconds": now - self._since}
+        cost = {"rows": self._samples, "seconds": now - self._since}
         self._samples, self._since = 0, now
         return cost
 

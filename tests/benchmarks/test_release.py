@@ -60,12 +60,12 @@ def test_every_schedule_is_a_configuration():
 
 def test_costs_are_summed_over_the_slices_of_a_phase(tmp_path: Path):
     lines = [
-        {"phase": "teacher", "step": 10, "samples": 600, "seconds": 60.0},
+        {"phase": "teacher", "step": 10, "rows": 600, "seconds": 60.0},
         {"phase": "teacher", "step": 10, "valid_loss": 1.0},
-        {"phase": "teacher", "step": 20, "samples": 600, "seconds": 120.0},
-        {"phase": "stage1", "step": 4, "samples": 60, "seconds": 60.0},
+        {"phase": "teacher", "step": 20, "rows": 600, "seconds": 120.0},
+        {"phase": "stage1", "step": 4, "rows": 60, "seconds": 60.0},
         # Again from the checkpoint of step 10.
-        {"phase": "teacher", "step": 20, "samples": 600, "seconds": 60.0},
+        {"phase": "teacher", "step": 20, "rows": 600, "seconds": 60.0},
     ]
     # A process that was killed left half a line.
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"phase": "teac\n'
