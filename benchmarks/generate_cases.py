@@ -21,8 +21,8 @@ from benchmarks.floors import Work
 from benchmarks.shapes import VOCABULARY
 from dlmone_fast.config import DiffusionConfig, ModelConfig
 from dlmone_fast.config.presets import PRESETS
+from dlmone_fast.config.room import largest_source
 from dlmone_fast.data.batches import source_batch
-from dlmone_fast.data.layouts import SEPARATORS
 from dlmone_fast.diffusion import Schedule
 from dlmone_fast.kernels.forward_diffusion import diffuse_of_draws
 from dlmone_fast.kernels.nearest_token import Vocabulary
@@ -203,7 +203,7 @@ def model(config: ModelConfig, device: torch.device, seed: int = 0) -> Model:
         torch.manual_seed(seed)
         lm = DiffusionLM(config)
     denoiser = Denoiser(lm, Schedule(DiffusionConfig())).eval().requires_grad_(False)
-    limit = config.seq_len - SEPARATORS
+    limit = largest_source(config.seq_len, config.source_positions)
     settings = GenerationSettings(max_source_tokens=limit)
     found = Model(denoiser, tokenizer(config.vocab_size), settings, Vocabulary(denoiser.embedding))
     _fit_last_layer(found)
@@ -235,9 +235,10 @@ def tokenizer(vocab_size: int) -> Tokenizer:
 def inputs(model: Model, batch: int) -> Inputs:
     """The network's inputs of the model's first prompts, whose seeds are 0, 1, …"""
     settings, device = model.settings, model.device
+    sizes = model.denoiser.config
     ids, mask, _ = source_batch(
-        model.tokenizer.encode(model.texts(batch)), model.denoiser.config.seq_len, model.tokenizer,
-        settings.max_source_tokens, on_overflow="truncate",
+        model.tokenizer.encode(model.texts(batch)), sizes.seq_len, model.tokenizer,
+        settings.max_source_tokens, "truncate", sizes.source_positions,
     )  # fmt: skip
     draws = draws_of(list(range(batch)), [0] * batch, 0, torch.device("cpu")).to(device)
     length, width = model.denoiser.config.seq_len, model.denoiser.config.embedding_dim

@@ -113,9 +113,11 @@ def phases(
     target = given.mask.to(device) != 0
 
     def tokenise() -> object:
-        encoded, length = tokenizer.encode(batch), model.denoiser.config.seq_len
+        encoded, sizes = tokenizer.encode(batch), model.denoiser.config
         limit = model.settings.max_source_tokens
-        return source_batch(encoded, length, tokenizer, limit, on_overflow="truncate")
+        return source_batch(
+            encoded, sizes.seq_len, tokenizer, limit, "truncate", sizes.source_positions
+        )
 
     def noise_and_embed() -> Tensor:
         return noised(model, given.ids.to(device), given.mask.to(device), given.draws)

@@ -83,9 +83,10 @@ class PlainCall:
         """The answers; with `noise` [B, L, d] instead of torch's own."""
         model, table = self.model, self.model.vocabulary.table
         tokenizer, schedule, device = model.tokenizer, model.denoiser.schedule, table.device
+        sizes = model.denoiser.config
         ids, mask, _ = source_batch(
-            tokenizer.encode(prompts), model.denoiser.config.seq_len, tokenizer,
-            model.settings.max_source_tokens, on_overflow="truncate",
+            tokenizer.encode(prompts), sizes.seq_len, tokenizer, model.settings.max_source_tokens,
+            "truncate", sizes.source_positions,
         )  # fmt: skip
         ids, target = ids.to(device), mask.to(device) != 0
         source, t = table[ids], model.settings.t_init

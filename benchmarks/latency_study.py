@@ -115,7 +115,7 @@ class Published:
         tokenizer, schedule = self.model.tokenizer, denoiser.schedule
         ids, mask, _ = source_batch(
             tokenizer.encode([prompt]), denoiser.config.seq_len, tokenizer,
-            self.model.settings.max_source_tokens, on_overflow="truncate",
+            self.model.settings.max_source_tokens, "truncate", denoiser.config.source_positions,
         )  # fmt: skip
         source = table[ids.to(table.device)]
         draw: Callable[[int], Tensor] = lambda _: torch.randn_like(source)  # noqa: E731

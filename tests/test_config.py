@@ -72,6 +72,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.num_heads": (1, 128),
     "model.ffn_size": (4, 1 << 16),
     "model.dropout": (0, 0.9),
+    "model.source_positions": (0, 126),
     "model.max_positions": (128, 1 << 16),
     "model.noise_scale": (0.1, 16),
     "diffusion.num_timesteps": (21, 100_000),
@@ -212,6 +213,12 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: 
         ({"distill": {"t_min": 1976}}, "distill.t_max must be above t_min (1976), got 1976"),
         ({"diffusion": {"num_timesteps": 1975}}, "must lie within diffusion.num_timesteps (1975)"),
         ({"data": {"max_source_tokens": 126}}, "data.max_source_tokens must leave room"),
+        ({"model": {"source_positions": 127}}, "model.source_positions must be between 0 and 126"),
+        ({"model": {"source_positions": 2}}, "model.source_positions must be 0, or hold [CLS]"),
+        (
+            {"model": {"source_positions": 40}, "data": {"max_source_tokens": 40}},
+            "and for [SEP] in model.source_positions (40), got 40",
+        ),
         ({"distill": {"selection_metric": "balanced"}}, "needs data.task = 'grammar'"),
         (
             {"distill": {"stage1": {"anchor_steps": 5}}},

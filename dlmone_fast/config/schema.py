@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dlmone_fast.config.distillation import DistillConfig
+from dlmone_fast.config.room import default_source_limit, largest_source
 from dlmone_fast.config.section import Section, one_of, within
 from dlmone_fast.errors import ConfigError
 
@@ -39,6 +40,9 @@ class ModelConfig(Section):
     """Scale every embedding row to norm sqrt(d) before dividing by noise_scale."""
     noise_scale: float = 1.0
     """Noise-scale factor F: embeddings are divided by F, so unit noise weighs F times more."""
+    source_positions: int = 0
+    """Positions kept for the source and its separators, where the target always begins; 0: it
+    follows the source at once, as in DiffuSeq."""
     self_conditioning: bool = False
     """A teacher also reads its own last prediction of x_0, through a projection of its own."""
 
@@ -51,6 +55,12 @@ class ModelConfig(Section):
         within(self, 0, 0.9, "dropout")
         within(self, self.seq_len, 1 << 16, "max_positions")
         within(self, 0.1, 16, "noise_scale")
+        within(self, 0, self.seq_len - 2, "source_positions")
+        if self.source_positions in (1, 2):
+            raise ConfigError(
+                "source_positions must be 0, or hold [CLS] [SEP] [SEP] at least: 3, got "
+                f"{self.source_positions}"
+            )
         one_of(self, ("post", "pre"), "norm")
         for name in ("embedding_dim", "time_dim"):
             if getattr(self, name) % 2:
@@ -252,11 +262,12 @@ class Config(Section):
                 f"distill.t_init and distill.t_max must lie within diffusion.num_timesteps "
                 f"({last}), got {self.distill.t_init} and {self.distill.t_max}"
             )
-        limit = self.data.max_source_tokens or self.model.seq_len // 2
-        if limit > self.model.seq_len - 3:
+        positions = self.model.seq_len, self.model.source_positions
+        if self.max_source_tokens > largest_source(*positions):
             raise ConfigError(
-                f"data.max_source_tokens must leave room for a target in model.seq_len "
-                f"({self.model.seq_len}), got {limit}"
+                "data.max_source_tokens must leave room for a target in model.seq_len "
+                f"({positions[0]}), and for [SEP] in model.source_positions ({positions[1]}), got "
+                f"{self.max_source_tokens}"
             )
         self._check_task()
         self._check_calls()
@@ -310,4 +321,5 @@ class Config(Section):
     @property
     def max_source_tokens(self) -> int:
         """Longest source in tokens, [CLS] and [SEP] included, that inference accepts."""
-        return self.data.max_source_tokens or self.model.seq_len // 2
+        positions = self.model.seq_len, self.model.source_positions
+        return self.data.max_source_tokens or default_source_limit(*positions)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dlmone_fast.config.room import SEPARATORS
 from dlmone_fast.data.cache import TokenCache
-from dlmone_fast.data.layouts import SEPARATORS, check_seq_len, layout_source, source_limit
+from dlmone_fast.data.layouts import check_seq_len, layout_source, source_limit
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels.noise import Stream, permutation
 from dlmone_fast.tokenizer import Tokenizer
@@ -20,41 +22,45 @@ IntArray = npt.NDArray[np.int64]
 
 
 def batch(
-    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: Tokenizer
+    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: Tokenizer, source_positions: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, mask), int64 [B, seq_len], of `rows` laid out as `dlmone_fast.data.layout`.
 
     Raise UsageError for a row outside the cache.
     """
-    check_seq_len(seq_len)
+    check_seq_len(seq_len, source_positions)
     index = _checked_rows(rows, len(cache))
     exchanged = index >= cache.stored
+    laid_out = partial(
+        _laid_out, seq_len=seq_len, tokenizer=tokenizer, source_positions=source_positions
+    )
     if not exchanged.any():
-        return _laid_out(cache, index, seq_len, tokenizer)
+        return laid_out(cache, index)
     ids = torch.empty(len(index), seq_len, dtype=torch.int64)
     mask = torch.empty_like(ids)
     for direction, first, chosen in (
         (cache, 0, ~exchanged),
         (cache.exchanged(), cache.stored, exchanged),
     ):
-        ids[chosen], mask[chosen] = _laid_out(direction, index[chosen] - first, seq_len, tokenizer)
+        ids[chosen], mask[chosen] = laid_out(direction, index[chosen] - first)
     return ids, mask
 
 
 def _laid_out(
-    cache: TokenCache, index: IntArray, seq_len: int, tokenizer: Tokenizer
+    cache: TokenCache, index: IntArray, seq_len: int, tokenizer: Tokenizer, source_positions: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     src_start, src_length = _spans(cache.src_offsets, index)
     trg_start, trg_length = _spans(cache.trg_offsets, index)
-    src_kept, trg_kept = _kept_lengths(src_length, trg_length, seq_len - SEPARATORS)
+    src_kept, trg_kept = _kept_lengths(src_length, trg_length, seq_len, source_positions)
 
     position = np.arange(seq_len)[None, :]
-    given = (src_kept + 2)[:, None]
+    sep = src_kept[:, None]
+    given = np.full_like(sep, source_positions) if source_positions else sep + 2
     end = given + trg_kept[:, None]
-    in_src = position < given - 2
+    in_src = position < sep
     in_trg = (position >= given) & (position < end)
     ids = np.full((len(index), seq_len), tokenizer.pad_id, dtype=np.int64)
-    ids[(~in_src & (position < given)) | (position == end)] = tokenizer.sep_id
+    ids[(position == sep) | (position == sep + 1) | (position == end)] = tokenizer.sep_id
     ids[in_src] = cache.src_ids[(src_start[:, None] + position)[in_src]]
     ids[in_trg] = cache.trg_ids[(trg_start[:, None] + position - given)[in_trg]]
     mask = (position >= given).astype(np.int64)
@@ -62,13 +68,13 @@ def _laid_out(
 
 
 def without_sources(
-    ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, pad_id: int
+    ids: torch.Tensor, rows: torch.Tensor, pad_id: int, sep_id: int
 ) -> torch.Tensor:
     """ids [B, L] with [PAD] for what stands between a source's [CLS] and [SEP] in the rows [n]."""
     position = torch.arange(ids.shape[1])
-    given = (mask[rows] == 0).sum(1, keepdim=True)
-    # The last two given positions are [SEP] [SEP].
-    source = (position >= 1) & (position < given - 2)
+    # Text never holds [SEP]: the first one ends the source.
+    ends = (ids[rows] == sep_id).int().argmax(1, keepdim=True)
+    source = (position >= 1) & (position < ends)
     dropped = ids.clone()
     dropped[rows] = ids[rows].masked_fill(source, pad_id)
     return dropped
@@ -80,9 +86,10 @@ def source_batch(
     tokenizer: Tokenizer,
     max_source_tokens: int | None = None,
     on_overflow: Literal["error", "truncate"] = "error",
+    source_positions: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
     """Lay out sources for generation: (ids, mask) int64 [B, seq_len] and which were truncated."""
-    limit = source_limit(seq_len, max_source_tokens)
+    limit = source_limit(seq_len, max_source_tokens, source_positions)
     pairs = [
         layout_source(
             ids,
@@ -92,6 +99,7 @@ def source_batch(
             sep_id=tokenizer.sep_id,
             pad_id=tokenizer.pad_id,
             cls_id=tokenizer.cls_id,
+            source_positions=source_positions,
         )
         for ids in sources
     ]
@@ -170,8 +178,14 @@ def _spans(offsets: IntArray, index: IntArray) -> tuple[IntArray, IntArray]:
     return start, np.asarray(offsets[index + 1]) - start - 1
 
 
-def _kept_lengths(src: IntArray, trg: IntArray, room: int) -> tuple[IntArray, IntArray]:
+def _kept_lengths(
+    src: IntArray, trg: IntArray, seq_len: int, source_positions: int
+) -> tuple[IntArray, IntArray]:
     """`layouts.kept_lengths` for arrays: the same rule, element by element."""
+    if source_positions:
+        room = seq_len - source_positions - 1
+        return np.minimum(src, source_positions - 2), np.minimum(trg, room)
+    room = seq_len - SEPARATORS
     shorter = np.minimum(src, trg)
     longer_kept = np.where(2 * shorter > room, room // 2, room - shorter)
     both = np.where(2 * shorter > room, room // 2, shorter)

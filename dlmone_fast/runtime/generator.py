@@ -11,8 +11,9 @@ from typing import Any, Literal, overload
 
 import torch
 
+from dlmone_fast.config.room import largest_source
 from dlmone_fast.data.batches import source_batch
-from dlmone_fast.data.layouts import SEPARATORS, kept_lengths
+from dlmone_fast.data.layouts import kept_lengths
 from dlmone_fast.errors import TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
@@ -119,8 +120,8 @@ class Generator:
     def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
         """Ids of a pair, cut together as DiffuSeq cuts its rows: each from [CLS] to [SEP]."""
         src, trg = self.tokenizer.encode([source, target])
-        room = self.denoiser.config.seq_len - SEPARATORS
-        src_kept, trg_kept = kept_lengths(len(src) - 1, len(trg) - 1, room)
+        sizes, lengths = self.denoiser.config, (len(src) - 1, len(trg) - 1)
+        src_kept, trg_kept = kept_lengths(*lengths, sizes.seq_len, sizes.source_positions)
         return [*src[:src_kept], src[-1]], [*trg[:trg_kept], trg[-1]]
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
@@ -339,7 +340,8 @@ class Generator:
             if encoded is None:
                 encoded = self.tokenizer.encode(list(texts))
             else:
-                limit = self.denoiser.config.seq_len - SEPARATORS
+                sizes = self.denoiser.config
+                limit = largest_source(sizes.seq_len, sizes.source_positions)
             rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
             size = 1 if batch_invariant else batch_size
             parts = [
@@ -375,7 +377,8 @@ class Generator:
             self.denoiser.config.seq_len,
             self.tokenizer,
             limit,
-            on_overflow=on_overflow,  # type: ignore[arg-type]
+            on_overflow,  # type: ignore[arg-type]
+            self.denoiser.config.source_positions,
         )
         if n > 1:
             ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)

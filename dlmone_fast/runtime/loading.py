@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dlmone_fast.data.layouts import SEPARATORS, source_limit
+from dlmone_fast.config.room import default_source_limit
+from dlmone_fast.data.layouts import source_limit
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.devices import pick_device
@@ -97,11 +98,12 @@ def _settings(folder: ModelFolder) -> GenerationSettings:
     values["kind"] = folder.config["kind"]
     if values["kind"] == "teacher":
         values = {"sampler": "ddim", "steps": 20, **values}
-    seq_len = int(folder.config["model"]["seq_len"])
-    values.setdefault("max_source_tokens", min(seq_len // 2, seq_len - SEPARATORS))
+    model = folder.config["model"]
+    positions = int(model["seq_len"]), int(model.get("source_positions", 0))
+    values.setdefault("max_source_tokens", default_source_limit(*positions))
     try:
         settings = GenerationSettings(**values)
-        source_limit(seq_len, settings.max_source_tokens)
+        source_limit(positions[0], settings.max_source_tokens, positions[1])
         last = int(folder.config["diffusion"]["num_timesteps"]) - 1
         if settings.kind == "student" and settings.t_init > last:
             raise UsageError(f"t_init must be at most {last}, got {settings.t_init}")

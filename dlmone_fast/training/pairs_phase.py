@@ -110,8 +110,9 @@ class PairsPhase:
             return x0
 
     def _conditions(self, which: slice) -> tuple[Tensor, Tensor]:
-        rows, length = self.pairs.rows[which].long(), self.teacher.config.seq_len
-        return batch(self.cache, rows, length, self.workspace.tokenizer)
+        rows, sizes = self.pairs.rows[which].long(), self.teacher.config
+        tokenizer = self.workspace.tokenizer
+        return batch(self.cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
 
     def validate(self, step: int, progress: Progress) -> None:
         if step == 0:

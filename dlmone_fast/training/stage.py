@@ -364,8 +364,8 @@ class Stage:
         return self._conditions_of(stream.batch_rows(step)[slots.numpy()], slots)
 
     def _conditions_of(self, rows: Rows, slots: Tensor) -> Conditions:
-        length = self.teacher.config.seq_len
-        ids, mask = batch(self.cache, rows, length, self.workspace.tokenizer)
+        sizes, tokenizer = self.teacher.config, self.workspace.tokenizer
+        ids, mask = batch(self.cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
         ids, mask = ids.to(self.workspace.device), mask.to(self.workspace.device)
         return Conditions(ids, mask, self.table, slots)
 

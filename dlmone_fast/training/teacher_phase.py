@@ -92,10 +92,11 @@ class TeacherPhase:
     def terms(self, rows: Any, t: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
         """Loss terms of rows of the training cache, with noise of (seed, step, slot)."""
         c, device, tokenizer = self.config, self.workspace.device, self.workspace.tokenizer
-        ids, mask = batch(self.cache, rows, self.lm.config.seq_len, tokenizer)
+        sizes = self.lm.config
+        ids, mask = batch(self.cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
         if c.condition_dropout:
             dropped = self._share(c.condition_dropout, Stream.CONDITION_DROPOUT, step, slots)
-            ids = without_sources(ids, mask, dropped, tokenizer.pad_id)
+            ids = without_sources(ids, dropped, tokenizer.pad_id, tokenizer.sep_id)
         with_estimate = None
         if self.lm.config.self_conditioning:
             share = c.self_conditioning_share

@@ -125,7 +125,8 @@ def validation_loss(
     sums: dict[str, float] = {}
     count = min(len(cache), _LOSS_ROWS)
     for rows in batches_in_order(count, config.micro_batch_size):
-        ids, mask = batch(cache, rows, denoiser.config.seq_len, workspace.tokenizer)
+        sizes = denoiser.config
+        ids, mask = batch(cache, rows, sizes.seq_len, workspace.tokenizer, sizes.source_positions)
         slots = torch.from_numpy(rows)
         draw = (seed, Stream.EVALUATION, slots)
         t = uniform_integers(*draw, 0, 0, denoiser.schedule.num_timesteps).to(device)

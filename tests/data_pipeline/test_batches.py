@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlmone_fast.data import layout
@@ -50,15 +50,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=40), seq_len=st.integers(5, 80))
+@given(
+    rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=40),
+    seq_len=st.integers(16, 80),
+    source_positions=st.sampled_from([0, 3, 9, 14]),
+)
+@example(rows=[0, 9], seq_len=5, source_positions=0)
 def test_a_batch_is_the_layout_of_each_row(
-    cache: TokenCache, rows: list[int], seq_len: int
+    cache: TokenCache, rows: list[int], seq_len: int, source_positions: int
 ) -> None:
-    ids, mask = batch(cache, rows, seq_len, TOKENIZER)
+    ids, mask = batch(cache, rows, seq_len, TOKENIZER, source_positions)
     assert ids.dtype == mask.dtype == torch.int64
-    sep, pad, cls = TOKENIZER.sep_id, TOKENIZER.pad_id, TOKENIZER.cls_id
+    special = {
+        "sep_id": TOKENIZER.sep_id, "pad_id": TOKENIZER.pad_id, "cls_id": TOKENIZER.cls_id
+    }  # fmt: skip
     for row, row_ids, row_mask in zip(rows, ids.tolist(), mask.tolist(), strict=True):
-        expected = layout(*cache.pair(row), seq_len, sep_id=sep, pad_id=pad, cls_id=cls)
+        expected = layout(*cache.pair(row), seq_len, **special, source_positions=source_positions)
         assert expected == (row_ids, row_mask)
 
 
@@ -79,19 +86,25 @@ def test_both_directions_lay_out_every_row_twice(cache: TokenCache) -> None:
     assert sorted(stream.batch_rows(0)) == list(range(2 * ROWS))
 
 
+@pytest.mark.parametrize("source_positions", [0, 14])
 @pytest.mark.parametrize("seq_len", [24, 80])
-def test_a_dropped_source_is_laid_out_as_padding(cache: TokenCache, seq_len: int) -> None:
-    ids, mask = batch(cache, list(range(12)), seq_len, TOKENIZER)
+def test_a_dropped_source_is_laid_out_as_padding(
+    cache: TokenCache, seq_len: int, source_positions: int
+) -> None:
+    ids, _ = batch(cache, list(range(12)), seq_len, TOKENIZER, source_positions)
     sep, pad, cls = TOKENIZER.sep_id, TOKENIZER.pad_id, TOKENIZER.cls_id
-    found = without_sources(ids, mask, torch.tensor([2, 7, 8]), pad)
+    found = without_sources(ids, torch.tensor([2, 7, 8]), pad, sep)
     for row in range(12):
         source, target = cache.pair(row)
         if row in (2, 7, 8):
             source = [cls, *[pad] * (len(source) - 2), sep]
-        expected, _ = layout(source, target, seq_len, sep_id=sep, pad_id=pad, cls_id=cls)
+        expected, _ = layout(
+            source, target, seq_len, sep_id=sep, pad_id=pad, cls_id=cls,
+            source_positions=source_positions,
+        )  # fmt: skip
         assert found[row].tolist() == expected
     nothing = torch.tensor([], dtype=torch.int64)
-    assert torch.equal(without_sources(ids, mask, nothing, pad), ids)
+    assert torch.equal(without_sources(ids, nothing, pad, sep), ids)
 
 
 def test_rows_may_come_as_any_kind_of_integers(cache: TokenCache) -> None:

@@ -131,3 +131,38 @@ def test_ids_may_be_numbers_of_other_libraries():
     ids, mask = layout(np.array(src), np.array(trg), 12)
     assert (ids, mask) == layout(src, trg, 12)
     assert all(type(value) is int for value in ids + mask)
+
+
+def test_positions_kept_for_the_source_set_where_the_target_begins() -> None:
+    ids, mask = layout([CLS, 7, SEP], [CLS, 9, 8, SEP], 12, source_positions=6)
+    assert ids == [CLS, 7, SEP, SEP, 0, 0, CLS, 9, 8, SEP, 0, 0]
+    assert mask == [0] * 6 + [1] * 6
+    # Each side is cut to its own room.
+    ids, mask = layout(_side(9, 1000), _side(9, 2000), 12, source_positions=6)
+    assert ids == [CLS, 1000, 1001, 1002, SEP, SEP, CLS, 2000, 2001, 2002, 2003, SEP]
+    assert mask == [0] * 6 + [1] * 6
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 20), st.integers(3, 14))
+def test_a_source_in_its_own_positions_agrees_with_the_pair_layout(src: int, given: int) -> None:
+    source, seq_len = _side(src, 1000), 16
+    pair_ids, pair_mask = layout(source, _side(3, 2000), seq_len, source_positions=given)
+    ids, mask = layout_source(source, seq_len, on_overflow="truncate", source_positions=given)
+    assert mask == pair_mask == [0] * given + [1] * (seq_len - given)
+    assert ids == pair_ids[:given] + [0] * (seq_len - given)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 15, 16])
+def test_positions_without_room_for_a_target_raise(positions: int) -> None:
+    with pytest.raises(UsageError, match="source_positions: expected 0, or 3 to 14"):
+        layout(_side(4, 1000), _side(4, 2000), 16, source_positions=positions)
+    with pytest.raises(UsageError, match="source_positions: expected 0, or 3 to 14"):
+        layout_source(_side(4, 1000), 16, source_positions=positions)
+
+
+def test_a_limit_beyond_the_sources_positions_raises() -> None:
+    with pytest.raises(UsageError, match=r"expected 2 to 5 \(6 source positions less room"):
+        layout_source(_side(4, 1000), 16, 6, source_positions=6)
+    with pytest.raises(PromptError, match=r"6 tokens .* the limit is 5"):
+        layout_source(_side(6, 1000), 16, source_positions=6)

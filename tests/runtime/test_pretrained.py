@@ -12,7 +12,7 @@ import tiny
 import dlmone_fast
 from dlmone_fast.data import layout
 from dlmone_fast.errors import ModelFileError, UsageError
-from dlmone_fast.runtime import hub
+from dlmone_fast.runtime import Generator, hub
 
 
 def test_a_saved_model_is_the_same_model(tmp_path: Path):
@@ -79,8 +79,12 @@ def test_a_hub_that_fails_says_what_to_check(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("words_of_source", "words_of_target"), [(3, 4), (16, 2), (2, 16), (14, 14)]
 )
-def test_pairs_are_cut_as_the_training_layout_cuts_them(words_of_source: int, words_of_target: int):
-    model = tiny.generator()
+@pytest.mark.parametrize("source_positions", [0, 9])
+def test_pairs_are_cut_as_the_training_layout_cuts_them(
+    words_of_source: int, words_of_target: int, source_positions: int
+):
+    denoiser = tiny.denoiser(source_positions=source_positions)
+    model = Generator(denoiser, tiny.tokenizer(), tiny.settings())
     source = " ".join(tiny.WORDS[:words_of_source])
     target = " ".join(tiny.WORDS[:words_of_target])
     src, trg = model.encode_jointly(source, target)
@@ -90,8 +94,10 @@ def test_pairs_are_cut_as_the_training_layout_cuts_them(words_of_source: int, wo
         "pad_id": model.tokenizer.pad_id,
         "cls_id": model.tokenizer.cls_id,
     }
-    expected, mask = layout(*whole, tiny.SEQ_LEN, **special)
-    assert [*src, model.tokenizer.sep_id] == expected[: mask.index(1)]
+    expected, mask = layout(*whole, tiny.SEQ_LEN, **special, source_positions=source_positions)
+    given = expected[: mask.index(1)]
+    padding = [model.tokenizer.pad_id] * (len(given) - len(src) - 1)
+    assert [*src, model.tokenizer.sep_id, *padding] == given
     assert trg == expected[mask.index(1) :][: len(trg)]
     found = model.generate_candidates(["ignored"], seeds=[0], encoded=[src])
     assert len(found.token_ids[0][0]) == sum(mask)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from dlmone_fast import comparison, train, training
 from dlmone_fast.config import Config, to_toml
+from dlmone_fast.data.rows import load_rows
 from dlmone_fast.diffusion import LogSnrTimesteps, critical_log_snr
 from dlmone_fast.errors import ConfigError, InterruptedAndSavedError
 from dlmone_fast.models.checkpoint import list_checkpoints, load_checkpoint
 from dlmone_fast.models.denoiser import load_teacher
+from dlmone_fast.runtime import load_model as load
 from dlmone_fast.training import RunResult, run, signals, teacher_phase
 from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import open_workspace
@@ -225,3 +227,19 @@ def test_what_changes_the_weights_is_no_free_key(tiny: Make, everything: RunResu
     with pytest.raises(ConfigError, match=r"data\.both_directions: True there, False now"):
         run(tiny(everything.root, **{**EVERYTHING, "data": {"both_directions": False}}))
     assert run(replace(everything.workspace.config, max_minutes=9.0)).student == everything.student
+
+
+def test_a_run_whose_targets_begin_at_one_place(tiny: Make, tmp_path: Path) -> None:
+    # 13 positions: [CLS], ten words, [SEP] [SEP]; 15 of the target are left.
+    result = run(tiny(tmp_path / "run", model={"source_positions": 13}))
+    assert result.student is not None
+    student = load(result.student, backend="eager")
+    assert student.denoiser.config.source_positions == 13
+    assert student.settings.max_source_tokens == 12
+    source = load_rows(result.workspace.data_dir, "test", limit=1)[0].src
+    short = " ".join(source.split()[:3])
+    for text in (source, short):
+        output = student.generate([text], return_dict=True)
+        assert len(output.token_ids[0]) == 28 - 13
+    together = student.generate([source, short])
+    assert together == [student.generate(source), student.generate(short)]
