@@ -93,6 +93,7 @@ def test_the_config_holds_the_sizes_of_the_tensors(tmp_path: Path) -> None:
         "norm": "post",
         "normalize_embedding": False,
         "noise_scale": 1.0,
+        "source_positions": 0,
         "self_conditioning": False,
     }
     assert config["diffusion"] == {
