@@ -111,7 +111,7 @@ class OpenVinoEngine(Engine):
             "ENABLE_CPU_PINNING": False,
         }
         model = openvino_model.with_rows(self._model, rows, self.denoiser.config)
-        return self._openvino.Core().compile_model(model, "CPU", settings)
+        return openvino_model.core().compile_model(model, "CPU", settings)
 
     def _calibrated(self, request: EngineRequest) -> Any:
         x_t, t = request.examples() if request.examples else (torch.empty(0), torch.empty(0))
@@ -220,8 +220,7 @@ def why_not_openvino(request: EngineRequest) -> str | None:
 
 
 def _has_bf16() -> bool:
-    core = openvino_model.imported().Core()
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_model.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _time_vectors(denoiser: Denoiser) -> Tensor:

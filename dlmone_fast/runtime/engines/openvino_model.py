@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -21,6 +22,7 @@ _IN_FP32 = ".*input_projection.*"
 _TELEMETRY = "openvino_telemetry"
 # Tracing, quantising and hiding a module are changes to the whole process.
 _LOCK = threading.RLock()
+_cores: dict[int, Any] = {}
 
 
 class _Network(nn.Module):
@@ -98,6 +100,23 @@ def imported() -> Any:
     with _alone():
         import openvino
     return openvino
+
+
+def core() -> Any:
+    """The process's one `openvino.Core`, which is never let go.
+
+    OpenVINO's CPU plugin gives the thread that creates it an alternate signal stack, and the one
+    before back when it goes. Of several plugins that do not go in the order of their making one
+    leaves a stack behind that is freed, and the next signal ends the process.
+    """
+    with _alone():
+        import openvino
+
+        process = os.getpid()
+        if process not in _cores:
+            # That of a process that was forked from stays as it is, without its threads.
+            _cores[process] = openvino.Core()
+        return _cores[process]
 
 
 @contextmanager

@@ -249,3 +249,38 @@ def test_nothing_is_sent_written_or_printed(tmp_path, precision: str, imported_b
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+SIGNALLED = """
+    import gc, os, signal
+
+    import tiny
+    import torch
+    from dlmone_fast.runtime.engines import make_engine
+    from dlmone_fast.runtime.engines.choose import EngineRequest
+
+    def made():
+        rows = torch.zeros(4, dtype=torch.int64)
+        engine = make_engine("openvino", EngineRequest(tiny.denoiser(), "fp32"))
+        engine.runner().predict(torch.randn(4, tiny.SEQ_LEN, 16), rows)
+        return engine
+
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    for first in (0, -1):
+        engines = [made() for _ in range(3)]
+        while engines:
+            engines.pop(first).close()
+            gc.collect()
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert len(received) == 6
+    """
+
+
+def test_signals_are_received_after_engines_were_closed_in_any_order():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SIGNALLED)],
+        env={**os.environ, "PYTHONPATH": os.path.dirname(tiny.__file__)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stderr)
