@@ -103,6 +103,7 @@ def _qqp_small() -> Config:
             learning_rate=8e-4,
             warmup_steps=1000,
             ema_decay=0.999,
+            ema_warmup=True,
             timestep_sampler="log-snr",
             save_every=500,
             validate_every=2000,
