@@ -1,7 +1,7 @@
 """Presets, keyed by what they reproduce.
 
 `qqp`, `quasar-t` and `wiki-auto` are the paper's settings: DiffuSeq's sizes and teacher recipe, and
-DLM-One's Table 5. `qqp-small` is the compact model, with the ingredients that paid in short runs
+DLM-One's Table 5. `qqp-small` is the compact model, its ingredients chosen by short runs
 (docs/small-models.md); `grammar` is the embedded task that shows the whole method in minutes on two
 CPU cores.
 """
