@@ -28,6 +28,8 @@ Overrides = Mapping[str, Any]
 LOG_SNR: Overrides = {"teacher": {"timestep_sampler": "log-snr"}}
 SELF_CONDITIONING: Overrides = {"model": {"self_conditioning": True}}
 FIXED_PLACE: Overrides = {"model": {"source_positions": 24}}
+BOTH_DIRECTIONS: Overrides = {"data": {"both_directions": True}}
+PAD_WEIGHT: Overrides = {"teacher": {"pad_weight": 0.1}}
 
 _GRAMMAR_STEPS = 200
 GRAMMAR_CASES: dict[str, Overrides] = {
@@ -66,6 +68,7 @@ def _batch(rows: int, learning_rate: float, warmup: int) -> Overrides:
 
 
 _SMALL = _batch(32, 8e-4, 150)
+_BEST = merge(_SMALL, LOG_SNR, FIXED_PLACE)
 QQP_CASES: dict[str, Overrides] = {
     "batch 128": _batch(128, 1.5e-3, 80),
     "batch 64": _batch(64, 1e-3, 120),
@@ -73,7 +76,9 @@ QQP_CASES: dict[str, Overrides] = {
     "batch 32, self-conditioning": merge(_SMALL, SELF_CONDITIONING),
     "batch 32, log-SNR": merge(_SMALL, LOG_SNR),
     "batch 32, fixed place": merge(_SMALL, FIXED_PLACE),
-    "batch 32, log-SNR, fixed place": merge(_SMALL, LOG_SNR, FIXED_PLACE),
+    "batch 32, log-SNR, fixed place": _BEST,
+    "batch 32, log-SNR, fixed place, both directions": merge(_BEST, BOTH_DIRECTIONS),
+    "batch 32, log-SNR, fixed place, pad weight 0.1": merge(_BEST, PAD_WEIGHT),
 }
 
 

@@ -15,8 +15,6 @@ from dlmone_fast.config import (
     PRESETS,
     Config,
     from_dict,
-    load_toml,
-    merge,
     resolve,
     to_dict,
     unchecked,
@@ -97,9 +95,7 @@ def _base(args: list[str]) -> Config:
     preset, file = _value(args, "--preset"), _value(args, "--config")
     if not {"-h", "--help"}.isdisjoint(args) and preset not in PRESETS:
         preset = ""
-    values = load_toml(file) if file else {}
-    base = resolve(preset or str(values.get("preset", "")))
-    return from_dict(merge(to_dict(base), {k: v for k, v in values.items() if k != "preset"}))
+    return resolve(preset, file)
 
 
 def _value(args: list[str], flag: str) -> str:

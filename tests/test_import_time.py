@@ -21,7 +21,7 @@ COMMANDS = [
 LIMIT_SECONDS = 0.3
 # A machine may be slow, or slowed by its neighbours, so that bare Python takes long to start.
 BARE_STARTS = 9
-TRIES = 12
+TRIES = 6
 
 
 def heavy_modules_after(statement: str) -> str:

@@ -38,17 +38,18 @@ class Section:
 def _check_types(section: Section) -> None:
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         value, kind = getattr(section, item.name), item.type
-        if kind == "float" and type(value) in (int, float):
+        if kind is float and type(value) in (int, float):
             # The comparison also refuses NaN, and whole numbers beyond a float's range.
             if not abs(value) <= sys.float_info.max:
                 raise ConfigError(f"{item.name} must be finite, got {value!r:.40}")
             object.__setattr__(section, item.name, float(value))
-        elif kind in _PLAIN and type(value) is not _PLAIN[kind]:
-            raise ConfigError(f"{item.name} must be {_KIND_NAMES[kind]}, got {value!r}")
+        elif kind in _KINDS and type(value) is not kind:
+            raise ConfigError(f"{item.name} must be {_KINDS[kind]}, got {value!r}")
 
 
-_PLAIN: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
-_KIND_NAMES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "a boolean"}
+_KINDS: dict[object, str] = {
+    int: "a whole number", float: "a number", str: "a string", bool: "a boolean",
+}  # fmt: skip
 
 
 def within(section: Section, low: float, high: float, *names: str) -> None:
