@@ -1,7 +1,10 @@
-"""The tables of docs/small-models.md: short teacher runs that differ in one ingredient.
+"""The tables of docs/small-models.md: short runs that differ in one ingredient.
 
     python -m benchmarks.ablation grammar --seeds 1 2
     python -m benchmarks.ablation qqp --data-dir QQP [--only "batch 32"]
+    python -m benchmarks.ablation student --seeds 1 2
+
+`grammar` and `qqp` vary a teacher, `student` the distillation of one teacher a seed on the grammar.
 
 One JSON line a run. The published figures are those of one CPU thread (OMP_NUM_THREADS=1).
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,10 @@ from dlmone_fast.comparison.measure import Measuring
 from dlmone_fast.comparison.quality import GRAMMAR
 from dlmone_fast.config import Config, merge, resolve
 from dlmone_fast.data.rows import load_rows
+from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.run import evaluate_model
 from dlmone_fast.runtime import load_model
-from dlmone_fast.training import train_teacher
+from dlmone_fast.training import distill, train_teacher
 
 Overrides = Mapping[str, Any]
 
@@ -81,18 +86,40 @@ QQP_CASES: dict[str, Overrides] = {
     "batch 32, log-SNR, fixed place, pad weight 0.1": merge(_BEST, PAD_WEIGHT),
 }
 
+# The warm start of docs/distillation.md: θ first learns the teacher's endpoints of its own noise.
+WARM_START: Overrides = {
+    "distill": {
+        "pairs": {"count": 8192, "per_source": 2, "steps": 10, "sampler": "dpm-solver++"},
+        "stage1": {"anchor_steps": 400, "anchor_weight": 0.1, "anchor_decay_steps": 90},
+    }
+}
+FEW_STEPS: Overrides = {"distill": {"stage1": {"few_steps": 4}, "stage2": {"few_steps": 4}}}
+STUDENT_CASES: dict[str, Overrides] = {
+    "preset": {},
+    "warm start": WARM_START,
+    "few steps": FEW_STEPS,
+    "warm start, few steps": merge(WARM_START, FEW_STEPS),
+}
+_STUDENT_CALLS = (1, 2, 4)
+
+CASES: dict[str, dict[str, Overrides]] = {
+    "grammar": GRAMMAR_CASES, "qqp": QQP_CASES, "student": STUDENT_CASES,
+}  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and score every case; the exit code."""
     options = _parser().parse_args(arguments)
-    cases = GRAMMAR_CASES if options.task == "grammar" else QQP_CASES
+    measure = {"grammar": _grammar, "qqp": _qqp, "student": _student}[options.task]
+    cases = CASES[options.task]
+    names = options.only or list(cases)
+    if not cases.keys() >= set(names):
+        raise UsageError(f"--only: expected cases of {options.task}: {', '.join(cases)}")
     for seed in options.seeds:
-        for name in options.only or cases:
+        for name in names:
             root = Path(options.output_dir) / f"{options.task}-{name.replace(' ', '-')}-{seed}"
             config = _config(options, cases[name], root, seed)
-            teacher = train_teacher(config)
-            scores = (_grammar if options.task == "grammar" else _qqp)(teacher, config)
-            print(json.dumps({"case": name, "seed": seed, **scores}), flush=True)
+            print(json.dumps({"case": name, "seed": seed, **measure(config)}), flush=True)
     return 0
 
 
@@ -100,24 +127,39 @@ def _config(options: argparse.Namespace, case: Overrides, root: Path, seed: int)
     run = {"output_dir": str(root), "data_dir": options.data_dir, "seed": seed}
     if options.task == "qqp":
         return resolve("qqp-small", **merge(_QQP, case, run))
+    if options.task == "student":
+        return resolve("grammar", **merge(case, run))
     steps = {"teacher": {"steps": _GRAMMAR_STEPS, "validate_every": _GRAMMAR_STEPS}}
     return resolve("grammar", **merge(steps, case, run))
 
 
-def _grammar(folder: Path, config: Config) -> dict[str, float]:
-    teacher = load_model(folder, "cpu", "fp32", backend="eager")
+def _grammar(config: Config) -> dict[str, float]:
+    return _joint(train_teacher(config), config, _SAMPLED)
+
+
+def _student(config: Config) -> dict[str, float]:
+    """A student of the seed's one teacher, which the first case trains."""
+    root = Path(config.output_dir)
+    teacher = train_teacher(replace(config, output_dir=str(root.parent / f"teacher-{config.seed}")))
+    student = distill(config, teacher)
+    calls: list[tuple[int, str | None]] = [(count, None) for count in _STUDENT_CALLS]
+    return _joint(student, config, calls)
+
+
+def _joint(
+    folder: Path, config: Config, calls: Sequence[tuple[int, str | None]]
+) -> dict[str, float]:
+    model = load_model(folder, "cpu", "fp32", backend="eager")
     rows = load_rows(Path(config.output_dir) / "data", "test", limit=256)
-    measuring = Measuring(
-        rows, GRAMMAR, teacher.normalize_text, seed=7, batch_size=64, bootstrap=0
-    )  # fmt: skip
+    measuring = Measuring(rows, GRAMMAR, model.normalize_text, seed=7, batch_size=64, bootstrap=0)
     return {
-        f"{sampler} {calls}": measuring.scores(teacher, calls, sampler, len(rows), 2)["joint"]
-        for calls, sampler in _SAMPLED
+        f"{sampler or 'calls'} {count}": measuring.scores(model, count, sampler, 256, 2)["joint"]
+        for count, sampler in calls
     }
 
 
-def _qqp(folder: Path, config: Config) -> dict[str, float]:
-    teacher = load_model(folder, "cpu", "fp32", backend="eager")
+def _qqp(config: Config) -> dict[str, float]:
+    teacher = load_model(train_teacher(config), "cpu", "fp32", backend="eager")
     found = evaluate_model(
         teacher, config.data_dir, split="valid", max_rows=_QQP_SCORED, steps=20, sampler="ddim"
     )
@@ -130,11 +172,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("task", choices=("grammar", "qqp"))
+    add("task", choices=sorted(CASES))
     add("--data-dir", default="", help="folder with QQP's {train,valid,test}.jsonl[.gz]")
     add("--output-dir", default="runs/ablation", help="a folder for the runs (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="default: 0")
-    add("--only", nargs="+", choices=sorted({*GRAMMAR_CASES, *QQP_CASES}), help="these cases")
+    add("--only", nargs="+", help="these cases of the task (default: all)")
     return parser
 
 

@@ -94,7 +94,7 @@ def _qqp_small() -> Config:
             noise_scale=2.0,
             source_positions=32,
         ),
-        data=DataConfig(task="qqp", vocab_size=8000, both_directions=True),
+        data=DataConfig(task="qqp", vocab_size=8000),
         teacher=replace(
             _ANCHORED_TEACHER,
             steps=25_000,

@@ -9,12 +9,14 @@ from benchmarks import ablation
 
 
 def test_every_case_is_a_configuration_of_equal_length():
-    seen = {}
-    for task, cases in (("grammar", ablation.GRAMMAR_CASES), ("qqp", ablation.QQP_CASES)):
+    rows, updates = {}, {}
+    for task, cases in ablation.CASES.items():
         options = argparse.Namespace(task=task, data_dir="data")
-        for case in cases.values():
+        for name, case in cases.items():
             config = ablation._config(options, case, Path("runs/x"), 4)
             assert config.seed == 4
-            seen.setdefault(task, set()).add(config.teacher.steps * config.teacher.batch_size)
-            assert not config.data.both_directions
-    assert seen == {"grammar": {200 * 128}, "qqp": {51_200}}
+            assert config.data.both_directions == ("both directions" in name)
+            rows.setdefault(task, set()).add(config.teacher.steps * config.teacher.batch_size)
+            updates.setdefault(task, set()).add(config.distill.stage1.steps)
+    assert rows == {"grammar": {200 * 128}, "qqp": {51_200}, "student": {450 * 128}}
+    assert len(updates["student"]) == 1
