@@ -11,6 +11,7 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_MODEL = 4
 EXIT_DIVERGED = 5
+EXIT_RANK_LOST = 6
 EXIT_INTERRUPTED_SAVED = 75  # EX_TEMPFAIL: run the same command again to continue
 EXIT_INTERRUPTED = 130
 
@@ -75,6 +76,12 @@ class DivergedError(DlmOneError, ArithmeticError):
     """Training stopped because too many steps in a row were not finite."""
 
     exit_code = EXIT_DIVERGED
+
+
+class RankLostError(DlmOneError, RuntimeError):
+    """Another process of a training run is gone, or did not answer in time."""
+
+    exit_code = EXIT_RANK_LOST
 
 
 class InterruptedAndSavedError(DlmOneError):

@@ -56,6 +56,8 @@ def main(args: list[str] | None = None) -> None:
     from dlmone_fast.training import run
 
     result = run(config, arguments.phase, teacher, arguments.resume, started)
+    if not result.workspace.ranks.writes:
+        return
     if arguments.phase in ("all", "stage2") and result.student is not None:
         result.workspace.limit.check("the comparison")
         print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))

@@ -242,6 +242,8 @@ class Config(Section):
     """Steps in a row with a non-finite loss or gradient before the run stops."""
     max_minutes: float = 0.0
     """Minutes after which a run saves and ends with 75, as on SIGTERM; 0: no limit."""
+    rank_minutes: float = 10.0
+    """Started by torchrun: minutes that a rank waits for another before it gives up."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -256,6 +258,7 @@ class Config(Section):
         within(self, 1, 1_000_000, "log_every")
         within(self, 1, 1_000_000, "max_bad_steps")
         within(self, 0, 1e6, "max_minutes")
+        within(self, 0.01, 1e4, "rank_minutes")
         last = self.diffusion.num_timesteps
         if self.distill.t_init >= last or self.distill.t_max > last:
             raise ConfigError(

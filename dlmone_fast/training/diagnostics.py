@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dlmone_fast.training.ranks import Ranks
+
 _BINS = 4
 
 
@@ -21,6 +23,8 @@ class DiscriminatorAccuracy:
         self.num_timesteps = num_timesteps
         self.right = torch.zeros(_BINS)
         self.count = torch.zeros(_BINS)
+        # Of this rank alone: right, count.
+        self._added = torch.zeros(2, _BINS)
 
     @torch.no_grad()
     def add(
@@ -29,11 +33,18 @@ class DiscriminatorAccuracy:
         """Count logits [B, L] of real and generated text at t [B] on target positions."""
         bins = (t * _BINS // self.num_timesteps).cpu()
         for right, mask in (((real > 0), real_mask != 0), ((fake < 0), fake_mask != 0)):
-            self.right.index_add_(0, bins, (right & mask).sum(1).float().cpu())
-            self.count.index_add_(0, bins, mask.sum(1).float().cpu())
+            self._added[0].index_add_(0, bins, (right & mask).sum(1).float().cpu())
+            self._added[1].index_add_(0, bins, mask.sum(1).float().cpu())
+
+    def merge(self, ranks: Ranks) -> None:
+        """Count what was added on all ranks."""
+        right, count = ranks.sum(self._added)
+        self.right += right
+        self.count += count
+        self._added.zero_()
 
     def take(self) -> dict[str, float]:
-        """The accuracies since the last call, for the bins that were seen."""
+        """The accuracies of what was merged since the last call, for the bins that were seen."""
         seen = [i for i in range(_BINS) if self.count[i] > 0]
         shares = {f"accuracy_t{i}": float(self.right[i] / self.count[i]) for i in seen}
         self.right.zero_()

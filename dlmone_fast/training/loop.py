@@ -58,10 +58,14 @@ def run_phase(phase: Phase, workspace: Workspace, resume: str | os.PathLike[str]
         CheckpointError: a checkpoint cannot be read, or the run folder not written.
     """
     root = workspace.checkpoints(phase.name)
-    found = resolve_resume(root, resume)
+    ranks = workspace.ranks
+    # One rank verifies the files; each reads them.
+    found = ranks.gather(resolve_resume(root, resume) if ranks.writes else None)[0]
     start = _restore(phase, load_checkpoint(found)) if found else 0
     config = workspace.config
-    progress = Progress(workspace.root, phase.name, start, phase.steps, config.log_every)
+    progress = Progress(
+        workspace.root, phase.name, start, phase.steps, config.log_every, ranks.writes
+    )
     device = workspace.device
     try:
         if found:
@@ -84,7 +88,7 @@ def _loop(phase: Phase, workspace: Workspace, start: int, progress: Progress) ->
             if done % phase.validate_every == 0 or done == phase.steps:
                 phase.validate(done, progress)
             # Asked once: what is not saved must not be called so.
-            time_is_up, terminated = workspace.limit.reached(), stop.requested
+            time_is_up, terminated = workspace.ranks.any(workspace.limit.reached(), stop.requested)
             stopping = time_is_up or terminated
             if done % phase.save_every == 0 or done == phase.steps or stopping:
                 _save(phase, workspace, done)
@@ -98,10 +102,12 @@ def _loop(phase: Phase, workspace: Workspace, start: int, progress: Progress) ->
 
 
 def _save(phase: Phase, workspace: Workspace, step: int) -> None:
-    tensors, state = phase.state()
-    state |= {"phase": phase.name, "inputs": phase.inputs}
-    root = workspace.checkpoints(phase.name)
-    save_checkpoint(root, step, tensors, state, to_toml(workspace.config))
+    if workspace.ranks.writes:
+        tensors, state = phase.state()
+        state |= {"phase": phase.name, "inputs": phase.inputs}
+        root = workspace.checkpoints(phase.name)
+        save_checkpoint(root, step, tensors, state, to_toml(workspace.config))
+    workspace.ranks.wait()
 
 
 def _restore(phase: Phase, checkpoint: Checkpoint) -> int:

@@ -87,7 +87,17 @@ class PairsPhase:
         self.made = 0
 
     def update(self, step: int) -> dict[str, float]:
-        which = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        batch = slice(step * self.batch_size, min((step + 1) * self.batch_size, len(self.pairs)))
+        ranks = self.workspace.ranks
+        part = ranks.part(batch.stop - batch.start)
+        which = slice(batch.start + part.start, batch.start + part.stop)
+        made = self._made(which) if which.stop > which.start else self.pairs.ids[which]
+        self.pairs.ids[batch] = ranks.gather_rows(made)
+        self.made = batch.stop
+        return {"pairs": float(self.made)}
+
+    def _made(self, which: slice) -> Tensor:
+        """The ids [n, L] of some of the pairs."""
         ids, mask = self._conditions(which)
         device = self.workspace.device
         ids, mask = ids.to(device), mask.to(device)
@@ -100,9 +110,7 @@ class PairsPhase:
         )  # fmt: skip
         target = mask != 0
         ids[target] = nearest_token(x[target], self.vocabulary)
-        self.pairs.ids[which] = ids.cpu().to(self.pairs.ids.dtype)
-        self.made = min(which.stop, len(self.pairs))
-        return {"pairs": float(self.made)}
+        return ids.cpu().to(self.pairs.ids.dtype)
 
     def _predict(self, x: Tensor, t: Tensor, estimate: Tensor | None = None) -> Tensor:
         with autocast(self.workspace):

@@ -16,6 +16,7 @@ from dlmone_fast.training.distill_phase import DistillPhase
 from dlmone_fast.training.loop import run_phase
 from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
 from dlmone_fast.training.publish import publish
+from dlmone_fast.training.ranks import Ranks, open_ranks
 from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import (
     PHASES,
@@ -59,17 +60,18 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         teacher: a model folder; empty: the run's own teacher, which must be trained.
         resume: as for `train_teacher`; "never" keeps the run's own teacher.
     """
-    workspace, folder = _open_with_teacher(config, teacher, "auto")
-    phases = _after_the_teacher(workspace.config)
-    _check_pairs_are_read(workspace.config)
-    if resume == "never":
+    with open_ranks(config.device, config.rank_minutes) as ranks:
+        workspace, folder = _open_with_teacher(config, teacher, "auto", None, ranks)
+        phases = _after_the_teacher(workspace.config)
+        _check_pairs_are_read(workspace.config)
+        if resume == "never":
+            for phase in phases:
+                workspace.clear(phase)
         for phase in phases:
-            workspace.clear(phase)
-    for phase in phases:
-        unfinished = not workspace.finished(phase)
-        _distill(workspace, phase, folder, resume)
-        # A given checkpoint belongs to the first unfinished phase.
-        resume = "auto" if unfinished else resume
+            unfinished = not workspace.finished(phase)
+            _distill(workspace, phase, folder, resume)
+            # A given checkpoint belongs to the first unfinished phase.
+            resume = "auto" if unfinished else resume
     return workspace.model("stage2")
 
 
@@ -106,16 +108,26 @@ def run(
         _check_test_split(config)
     if phase == "all":
         _check_pairs_are_read(config)
+    with open_ranks(config.device, config.rank_minutes) as ranks:
+        return _run(config, phase, teacher, resume, started, ranks)
+
+
+def _run(
+    config: Config,
+    phase: str,
+    teacher: StrPath,
+    resume: StrPath,
+    started: float | None,
+    ranks: Ranks,
+) -> RunResult:
+    start_over = "never" if resume == "never" else "auto"
     if phase in ("teacher", "all") and not teacher:
-        workspace = open_workspace(
-            config, resume="never" if resume == "never" else "auto", started=started
-        )
+        workspace = open_workspace(config, None, start_over, started, ranks)
         _train_teacher(workspace, "auto" if resume == "never" else resume)
         folder = workspace.model("teacher")
     else:
-        start_over = resume == "never" and phase == "all"
         workspace, folder = _open_with_teacher(
-            config, teacher, "never" if start_over else "auto", started
+            config, teacher, start_over if phase == "all" else "auto", started, ranks
         )
     for name in _after_the_teacher(workspace.config):
         if phase in (name, "all"):
@@ -157,7 +169,7 @@ def _train_teacher(workspace: Workspace, resume: StrPath) -> None:
     inputs = workspace.inputs()
     if workspace.finished("teacher", inputs):
         return
-    workspace.limit.check("the teacher")
+    workspace.check_time("the teacher")
     phase = TeacherPhase(workspace, inputs)
     run_phase(phase, workspace, resume)
     publish(workspace, phase, phase.averaged(), f"EMA at step {phase.steps}")
@@ -170,7 +182,7 @@ def _after_the_teacher(config: Config) -> tuple[str, ...]:
 def _make_pairs(workspace: Workspace, teacher_folder: Path, resume: StrPath) -> None:
     inputs = workspace.inputs(teacher=teacher_folder)
     if not workspace.finished("pairs", inputs):
-        workspace.limit.check("the pairs")
+        workspace.check_time("the pairs")
         teacher = denoiser_from_folder(load_folder(teacher_folder)).to(workspace.device)
         run_phase(PairsPhase(workspace, teacher, inputs), workspace, resume)
 
@@ -191,7 +203,7 @@ def _distill(workspace: Workspace, name: str, teacher_folder: Path, resume: StrP
         pairs, inputs["pairs"] = _pairs_of(workspace, name, teacher_folder)
     if workspace.finished(name, inputs):
         return
-    workspace.limit.check(name)
+    workspace.check_time(name)
     teacher, start = (
         denoiser_from_folder(load_folder(folder)).to(workspace.device)
         for folder in (teacher_folder, start_folder)
@@ -211,10 +223,14 @@ def _pairs_of(workspace: Workspace, name: str, teacher_folder: Path) -> tuple[Pa
 
 
 def _open_with_teacher(
-    config: Config, teacher: StrPath, resume: str, started: float | None = None
+    config: Config,
+    teacher: StrPath,
+    resume: str,
+    started: float | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Workspace, Path]:
     if not teacher:
-        workspace = open_workspace(config, started=started)
+        workspace = open_workspace(config, started=started, ranks=ranks)
         folder = workspace.model("teacher")
         if not workspace.finished("teacher"):
             raise UsageError(
@@ -232,7 +248,7 @@ def _open_with_teacher(
     loaded = load_folder(folder)
     config = with_teacher(config, loaded)
     tokenizer = _teacher_tokenizer(config, loaded.tokenizer_path, folder)
-    return open_workspace(config, tokenizer, resume, started), folder
+    return open_workspace(config, tokenizer, resume, started, ranks), folder
 
 
 def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Tokenizer:

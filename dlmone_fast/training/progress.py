@@ -23,20 +23,33 @@ class Progress:
     Each record is one line of `metrics.jsonl`: phase, step, and what was measured. After a
     resume from a checkpoint the steps since then are logged again; the last line of a step holds.
     A record that cannot be written raises CheckpointError.
+
+    Args:
+        root: the run folder.
+        phase: the phase's name.
+        start: steps that are done.
+        steps: steps of the phase.
+        log_every: steps between two records.
+        writes: False for a rank that is not the first: it writes and says nothing.
     """
 
-    def __init__(self, root: Path, phase: str, start: int, steps: int, log_every: int) -> None:
+    def __init__(
+        self, root: Path, phase: str, start: int, steps: int, log_every: int, writes: bool = True
+    ) -> None:
         self.phase = phase
         self.log_every = log_every
-        self._path = root / "metrics.jsonl"
+        self.writes = writes
+        self._path = root / "metrics.jsonl" if writes else Path(os.devnull)
         with writing(self._path):
             self._file = self._path.open("a", encoding="utf-8")
             self._end_torn_line()
         self._bar = tqdm(
-            total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05
-        )
+            total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
+            disable=not writes,
+        )  # fmt: skip
         with writing(root / "tensorboard"):
-            self._board = _tensorboard(root)
+            self._board = _tensorboard(root) if writes else None
+        self._steps = steps
         self._step, self._samples, self._since = start, 0, time.perf_counter()
         self._latest: dict[str, float] = {}
 
@@ -50,7 +63,7 @@ class Progress:
         self._samples += samples
         self._latest.update(values)
         self._bar.update(1)
-        if (step + 1) % self.log_every and step + 1 != self._bar.total:
+        if (step + 1) % self.log_every and step + 1 != self._steps:
             return
         cost = self._cost()
         rate = cost["rows"] / max(cost["seconds"], 1e-9)
@@ -72,7 +85,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        if self.writes:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Record what was done since the last record; end the bar and the files."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import dlmone_fast
 from dlmone_fast.config import to_dict
@@ -39,8 +38,8 @@ Quality has not been judged by people. Measure it on your own data with
 """
 
 
-def publish(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str) -> Path:
-    """Write the model folder that a phase ends with.
+def publish(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str) -> None:
+    """Write the model folder that a phase ends with; every rank finds it afterwards.
 
     Args:
         workspace: the run.
@@ -48,6 +47,12 @@ def publish(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str
         denoiser: the networks to store.
         weights: which weights these are, for the card.
     """
+    if workspace.ranks.writes:
+        _write(workspace, phase, denoiser, weights)
+    workspace.ranks.wait()
+
+
+def _write(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str) -> None:
     config = workspace.config
     kind = "teacher" if phase.name == "teacher" else "student"
     settings = dataclasses.asdict(generation_settings(config, kind))
@@ -64,7 +69,7 @@ def publish(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str
         d=model.embedding_dim, seq_len=model.seq_len, vocab=model.vocab_size, seed=config.seed,
         version=dlmone_fast.__version__,
     )  # fmt: skip
-    return save_folder(
+    save_folder(
         target,
         config={
             "kind": kind,

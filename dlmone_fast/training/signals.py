@@ -38,10 +38,18 @@ class TimeLimit:
         Raises:
             InterruptedAndSavedError: it is, and everything so far is saved.
         """
-        if self._trained and self._is_up():
-            raise InterruptedAndSavedError(
-                f"stopped by {self} before {before}; all is saved; the same command continues"
-            )
+        if self.ends_here():
+            raise self.stopped(before)
+
+    def ends_here(self) -> bool:
+        """Whether the time is up, between two parts of a run."""
+        return self._trained and self._is_up()
+
+    def stopped(self, before: str) -> InterruptedAndSavedError:
+        """The error that ends a run before its next part."""
+        return InterruptedAndSavedError(
+            f"stopped by {self} before {before}; all is saved; the same command continues"
+        )
 
     def _is_up(self) -> bool:
         return self.minutes > 0 and monotonic() - self.started >= 60 * self.minutes

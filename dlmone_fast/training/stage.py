@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -69,6 +69,18 @@ class GeneratorTerms:
     weight: Tensor
 
 
+@dataclass(frozen=True)
+class GeneratorValues:
+    """What is told of a micro-batch of θ's update: its share in the loss, a scalar, and in the
+    two terms; the largest of SiD's weights over their median; gradient norms, or none."""
+
+    loss: Tensor
+    sid: float
+    adversarial: float
+    weight_spread: float
+    gradient_norms: dict[str, float]
+
+
 class Stage:
     """The three networks of a stage and the updates of ψ and θ.
 
@@ -97,6 +109,12 @@ class Stage:
         optimizer = (config.beta1, config.beta2, config.weight_decay)
         self.generator_optimizer = adamw(self.generator, config.generator_learning_rate, *optimizer)
         self.score_optimizer = adamw(self.score, config.score_learning_rate, *optimizer)
+        self.ranks = workspace.ranks
+        # Idle: what reads an estimate, in one step, and the head without an adversarial loss.
+        all_used = not teacher.config.self_conditioning
+        self.shared_generator = self.ranks.loss_of(self.generator, all_used)
+        all_used &= config.score_adversarial_weight > 0
+        self.shared_score = self.ranks.loss_of(self.score, all_used)
         self.ema = Ema(self.generator, config.ema_decay, config.ema_warmup)
         self.guard = UpdateGuard(workspace.config.max_bad_steps)
         self.accuracy = DiscriminatorAccuracy(self.schedule.num_timesteps)
@@ -122,15 +140,16 @@ class Stage:
         self.score.train().requires_grad_(True)
         self.generator.eval()
         dsm_sum, adversarial_sum = self._zero(), self._zero()
-        for index, part in enumerate(self._micro_batches()):
-            reseed_dropout(self.seed, 2 * step, index)
-            dsm, adversarial = self._score_losses(step, part)
-            loss = c.dsm_weight * dsm.sum()
-            if c.score_adversarial_weight:
-                loss = loss + c.score_adversarial_weight * adversarial.sum()
-            (loss / c.batch_size).backward()
-            dsm_sum += dsm.detach().sum() / c.batch_size
-            adversarial_sum += adversarial.detach().sum() / c.batch_size
+        parts = self._micro_batches()
+        for index, part in enumerate(parts):
+            reseed_dropout(self.seed, 2 * step, self.ranks.micro_batch(index))
+            dsm, adversarial = self.shared_score.backward(
+                partial(self._score_loss, step, part), last=index == len(parts) - 1
+            )
+            dsm_sum += dsm
+            adversarial_sum += adversarial
+        self.accuracy.merge(self.ranks)
+        dsm_sum, adversarial_sum = self.ranks.sum(torch.stack([dsm_sum, adversarial_sum]))
         norm = self.guard.apply(
             "score estimator", dsm_sum + adversarial_sum, self.score_optimizer,
             c.clip_norm, c.clip_value,
@@ -147,27 +166,31 @@ class Stage:
         # Gradients pass through ψ to x_t; those of its parameters would be work for nothing.
         self.score.eval().requires_grad_(False)
         values: dict[str, float] = {}
-        total = self._zero()
+        sums = {"sid": 0.0, "adversarial": 0.0}
+        total, spread = self._zero(), 0.0
         anchor_weight = self.anchor_weight(step)
-        for index, part in enumerate(self._micro_batches()):
-            reseed_dropout(self.seed, 2 * step + 1, index)
-            at = self._generator_losses(step, part)
-            terms = {"sid": at.sid, "adversarial": at.adversarial}
-            if diagnose and index == 0:
-                rows = {name: share * c.batch_size for name, share in terms.items()}
-                values.update(gradient_norms(rows, at.x, at.mask))
-            loss = (at.sid + at.adversarial).sum()
-            loss.backward()
-            total += loss.detach()
-            for name, term in terms.items():
-                values[name] = values.get(name, 0.0) + float(term.detach().sum())
-            spread = float(at.weight.median() / at.weight.min())
-            values["weight_max_over_median"] = max(values.get("weight_max_over_median", 0), spread)
+        parts = self._micro_batches()
+        for index, part in enumerate(parts):
+            reseed_dropout(self.seed, 2 * step + 1, self.ranks.micro_batch(index))
+            last = index == len(parts) - 1
+            at = self.shared_generator.backward(
+                partial(self._generator_loss, step, part, diagnose and index == 0),
+                last=last and not anchor_weight,
+            )
+            total += at.loss
+            sums["sid"] += at.sid
+            sums["adversarial"] += at.adversarial
+            spread = max(spread, at.weight_spread)
+            values |= at.gradient_norms
             if anchor_weight:
-                anchor = self._anchor_losses(c.anchor_steps + step, part).sum() / c.batch_size
-                (anchor_weight * anchor).backward()
-                total += anchor_weight * anchor.detach()
-                values["anchor"] = values.get("anchor", 0.0) + float(anchor.detach())
+                at_step = c.anchor_steps + step
+                loss, anchor = self.shared_generator.backward(
+                    partial(self._anchor_loss, at_step, part, anchor_weight), last=last
+                )
+                total += loss
+                sums["anchor"] = sums.get("anchor", 0.0) + float(anchor)
+        values["weight_max_over_median"] = self.ranks.largest(spread)
+        values |= self.ranks.sum_values(sums)
         return values | self._apply_to_generator(total, step)
 
     def update_anchor(self, step: int) -> dict[str, float]:
@@ -177,12 +200,15 @@ class Stage:
         set_learning_rate(self.generator_optimizer, rate)
         self.generator.train(c.generator_dropout)
         total = self._zero()
-        for index, part in enumerate(self._micro_batches()):
-            reseed_dropout(self.seed, step, _ANCHOR_MICRO_BATCH + index)
-            loss = self._anchor_losses(step, part).sum() / c.batch_size
-            loss.backward()
-            total += loss.detach()
-        return {"anchor": float(total), **self._apply_to_generator(total, step)}
+        parts = self._micro_batches()
+        for index, part in enumerate(parts):
+            reseed_dropout(self.seed, step, self.ranks.micro_batch(_ANCHOR_MICRO_BATCH + index))
+            loss, _ = self.shared_generator.backward(
+                partial(self._anchor_loss, step, part, 1.0), last=index == len(parts) - 1
+            )
+            total += loss
+        values = self._apply_to_generator(total, step)
+        return {"anchor": float(self.ranks.sum(total)), **values}
 
     def end_anchor(self) -> None:
         """Start the stage itself from θ as it is now, with a fresh optimiser and average.
@@ -226,6 +252,39 @@ class Stage:
         of_fake = score_matching_loss(x_fake, x0_fake, kept).mean()
         of_real = score_matching_loss(real.embeddings, x0_real, kept_real).mean()
         return float(of_fake / of_real)
+
+    def _score_loss(self, step: int, slots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """These slots' share in ψ's loss, and in its two terms, detached."""
+        c = self.config
+        dsm, adversarial = self._score_losses(step, slots)
+        loss = c.dsm_weight * dsm.sum()
+        if c.score_adversarial_weight:
+            loss = loss + c.score_adversarial_weight * adversarial.sum()
+        terms = tuple(term.detach().sum() / c.batch_size for term in (dsm, adversarial))
+        return loss / c.batch_size, (terms[0], terms[1])
+
+    def _generator_loss(
+        self, step: int, slots: Tensor, diagnose: bool
+    ) -> tuple[Tensor, GeneratorValues]:
+        """These slots' share in θ's losses but the anchor's, and what is told of it."""
+        at = self._generator_losses(step, slots)
+        norms: dict[str, float] = {}
+        if diagnose:
+            shares = {"sid": at.sid, "adversarial": at.adversarial}
+            rows = {name: share * self.config.batch_size for name, share in shares.items()}
+            norms = gradient_norms(rows, at.x, at.mask)
+        loss = (at.sid + at.adversarial).sum()
+        spread = float(at.weight.median() / at.weight.min())
+        sid, adversarial = (float(term.detach().sum()) for term in (at.sid, at.adversarial))
+        return loss, GeneratorValues(loss.detach(), sid, adversarial, spread, norms)
+
+    def _anchor_loss(
+        self, step: int, slots: Tensor, weight: float
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """These slots' share in the weighted anchor loss; the same detached, and unweighted."""
+        anchor = self._anchor_losses(step, slots).sum() / self.config.batch_size
+        loss = weight * anchor
+        return loss, (loss.detach(), anchor.detach())
 
     def _score_losses(self, step: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         fake = self._conditions(self.fake_rows, step, slots)
@@ -358,7 +417,7 @@ class Stage:
 
     def _micro_batches(self) -> list[Tensor]:
         c = self.config
-        return list(torch.arange(c.batch_size).split(c.micro_batch_size))
+        return list(self.ranks.slots(c.batch_size).split(c.micro_batch_size))
 
     def _conditions(self, stream: BatchStream, step: int, slots: Tensor) -> Conditions:
         return self._conditions_of(stream.batch_rows(step)[slots.numpy()], slots)
@@ -377,7 +436,7 @@ class Stage:
         return t.to(self.workspace.device)
 
     def _apply_to_generator(self, loss: Tensor, step: int) -> dict[str, float]:
-        c = self.config
+        c, loss = self.config, self.ranks.sum(loss)
         norm = self.guard.apply(
             "generator", loss, self.generator_optimizer, c.clip_norm, c.clip_value
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlmone_fast.config import Config
-from dlmone_fast.data.batches import BatchStream, batch, without_sources
+from dlmone_fast.data.batches import BatchStream, IntArray, batch, without_sources
 from dlmone_fast.diffusion import (
     Draw,
     LogSnrTimesteps,
@@ -55,35 +56,53 @@ class TeacherPhase:
         self.cache = workspace.cache("train")
         self.stream = BatchStream(self.cache, self.seed, c.batch_size)
         self.validator = Validator(workspace)
+        self.ranks = workspace.ranks
+        # Not every pass gives the network an estimate to read.
+        all_used = not workspace.config.model.self_conditioning
+        self.shared = self.ranks.loss_of(self.lm, all_used)
 
     def update(self, step: int) -> dict[str, float]:
-        c, total, count = self.config, torch.zeros(()), 0
+        c, total = self.config, torch.zeros(())
         rate = learning_rate(c.learning_rate, step, c.steps, c.warmup_steps, c.decay)
         set_learning_rate(self.optimizer, rate)
         self.lm.train()
         rows = self.stream.batch_rows(step)
         drawn: list[tuple[Tensor, Tensor]] = []
-        sums: dict[str, float] = {}
-        for index, first in enumerate(range(0, len(rows), c.micro_batch_size)):
-            part = rows[first : first + c.micro_batch_size]
-            slots = torch.arange(first, first + len(part))
-            reseed_dropout(self.seed, step, index)
+        sums = {"mse": 0.0, "nll": 0.0}
+        parts = self.ranks.slots(len(rows)).split(c.micro_batch_size)
+        for index, slots in enumerate(parts):
+            reseed_dropout(self.seed, step, self.ranks.micro_batch(index))
             t, weight = self.timesteps.sample(self.seed, step, slots)
-            terms = self.terms(part, t, step, slots)
-            loss = (terms["loss"] * weight.to(terms["loss"].device)).sum() / len(rows)
-            loss.backward()
-            drawn.append((t, terms["loss"].detach()))
-            total = total.to(loss.device) + loss.detach()
-            count += len(part)
-            for name in ("mse", "nll"):
-                sums[name] = sums.get(name, 0.0) + float(terms[name].detach().sum())
+            loss, terms = self.shared.backward(
+                partial(self._loss, rows, t, weight, step, slots), last=index == len(parts) - 1
+            )
+            drawn.append((t, terms["loss"]))
+            total = total.to(loss.device) + loss
+            for name in sums:
+                sums[name] += float(terms[name].sum())
+        total = self.ranks.sum(total)
         norm = self.guard.apply("teacher", total, self.optimizer, c.clip_norm)
         if norm is not None:
             self.ema.update(self.lm, step)
-            for t, losses in drawn:
-                self.timesteps.update(t, losses.cpu())
-        means = {name: value / count for name, value in sums.items()}
+            self._learn_timesteps(drawn)
+        means = {name: v / len(rows) for name, v in self.ranks.sum_values(sums).items()}
         return {"loss": float(total), **means, "learning_rate": rate, **self._gradient(norm)}
+
+    def _loss(
+        self, rows: IntArray, t: Tensor, weight: Tensor, step: int, slots: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        """The share of these slots in the batch's mean loss; the same detached, and each row's
+        terms."""
+        terms = self.terms(rows[slots.numpy()], t, step, slots)
+        loss = (terms["loss"] * weight.to(terms["loss"].device)).sum() / len(rows)
+        told = {name: value.detach() for name, value in terms.items()}
+        return loss, (loss.detach(), told)
+
+    def _learn_timesteps(self, drawn: list[tuple[Tensor, Tensor]]) -> None:
+        """Tell the sampler of t, if it learns, what each draw cost, in the order of the slots."""
+        if self.timesteps.state():
+            t, losses = (torch.cat(values).cpu() for values in zip(*drawn, strict=True))
+            self.timesteps.update(self.ranks.gather_rows(t), self.ranks.gather_rows(losses))
 
     def _gradient(self, norm: float | None) -> dict[str, float]:
         skipped = {"skipped": float(self.guard.skipped)} if self.guard.skipped else {}

@@ -49,10 +49,7 @@ class Validator:
         generator = self.generator(denoiser, "student")
         several = self.config.is_grammar
         n = _DIVERSITY_CANDIDATES if several else 1
-        seeds = row_seeds(self.config.seed, len(self._sources))
-        texts = generator.generate_candidates(
-            self._sources, num_candidates=n, seeds=seeds, on_overflow="truncate", progress=False
-        ).texts
+        texts = self._generated(generator, self._sources, n)
         scores = self._text_scores(generator, texts)
         if several:
             exact = grammar.score(self._sources, texts)
@@ -62,6 +59,8 @@ class Validator:
 
     def show_samples(self, denoiser: Denoiser, kind: str, step: int, progress: Progress) -> None:
         """Record and print a few generated texts."""
+        if not self.workspace.ranks.writes:
+            return
         generator = self.generator(denoiser, kind)
         sources = self._sources[:_SHOWN]
         texts = generator.generate(sources, on_overflow="truncate", progress=False)
@@ -70,6 +69,16 @@ class Validator:
         )
         for source, text in zip(sources, texts, strict=True):
             progress.say(f"  {source}\n    → {text}")
+
+    def _generated(self, generator: Generator, sources: list[str], count: int) -> list[list[str]]:
+        """`count` texts of each source; each rank makes those of a part of the sources."""
+        ranks, seeds = self.workspace.ranks, row_seeds(self.config.seed, len(sources))
+        part = ranks.part(len(sources))
+        texts = generator.generate_candidates(
+            sources[part], num_candidates=count, seeds=seeds[part],
+            on_overflow="truncate", progress=False,
+        ).texts  # fmt: skip
+        return [of_source for of_rank in ranks.gather(texts) for of_source in of_rank]
 
     def _text_scores(self, generator: Generator, texts: list[list[str]]) -> dict[str, float]:
         normal_text = generator.normalize_text
@@ -81,13 +90,7 @@ class Validator:
         diverse = (
             texts[: len(few)]
             if len(texts[0]) > 1
-            else generator.generate_candidates(
-                few,
-                num_candidates=_DIVERSITY_CANDIDATES,
-                seeds=row_seeds(self.config.seed, len(few)),
-                on_overflow="truncate",
-                progress=False,
-            ).texts
+            else self._generated(generator, few, _DIVERSITY_CANDIDATES)
         )
         spread = score_generations(
             sources[: len(few)],
@@ -120,11 +123,12 @@ def validation_loss(
     workspace: Workspace, denoiser: Denoiser, config: TeacherConfig
 ) -> dict[str, float]:
     """Mean loss terms of a teacher on the first rows of the validation split."""
-    cache = workspace.cache("valid")
+    cache, ranks = workspace.cache("valid"), workspace.ranks
     seed, device = workspace.config.seed, workspace.device
     sums: dict[str, float] = {}
     count = min(len(cache), _LOSS_ROWS)
-    for rows in batches_in_order(count, config.micro_batch_size):
+    batches = list(batches_in_order(count, config.micro_batch_size))
+    for rows in batches[ranks.part(len(batches))]:
         sizes = denoiser.config
         ids, mask = batch(cache, rows, sizes.seq_len, workspace.tokenizer, sizes.source_positions)
         slots = torch.from_numpy(rows)
@@ -138,4 +142,8 @@ def validation_loss(
         )  # fmt: skip
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
-    return {name: value / count for name, value in sums.items()}
+    total: dict[str, float] = {}
+    # A rank may have had no batch.
+    for of_rank in ranks.gather(sums):
+        total = {name: total.get(name, 0.0) + value for name, value in of_rank.items()} or total
+    return {name: value / count for name, value in total.items()}

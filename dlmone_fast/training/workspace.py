@@ -31,9 +31,9 @@ from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import unwritable
-from dlmone_fast.runtime.loading import pick_device
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.training.ranks import Ranks
 from dlmone_fast.training.signals import TimeLimit
 from dlmone_fast.training.window import timestep_window
 
@@ -52,6 +52,7 @@ _FREE_KEYS = (
     "log_every",
     "max_bad_steps",
     "max_minutes",
+    "rank_minutes",
     "evaluation",
     "preset",
 )
@@ -67,6 +68,7 @@ class Workspace:
     device: torch.device
     tokenizer: Tokenizer
     limit: TimeLimit = field(default_factory=TimeLimit)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def bf16(self) -> bool:
@@ -96,8 +98,19 @@ class Workspace:
 
     def clear(self, phase: str) -> None:
         """Remove a phase's checkpoints and model folder, to run it again."""
-        for folder in (self.checkpoints(phase), self.model(phase)):
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.ranks.writes:
+            for folder in (self.checkpoints(phase), self.model(phase)):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.ranks.wait()
+
+    def check_time(self, before: str) -> None:
+        """Do not let the next part of the run begin when the time is up on any rank.
+
+        Raises:
+            InterruptedAndSavedError: it is, and everything so far is saved.
+        """
+        if self.ranks.any(self.limit.ends_here())[0]:
+            raise self.limit.stopped(before)
 
     def newest(self, phase: str) -> Path | None:
         """The newest intact checkpoint of a phase."""
@@ -135,6 +148,7 @@ def open_workspace(
     tokenizer: Tokenizer | None = None,
     resume: str = "auto",
     started: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Workspace:
     """Create or reopen the run folder of a configuration.
 
@@ -144,6 +158,7 @@ def open_workspace(
             or learned on the training split.
         resume: "never" starts over: the phases of an earlier run in the folder are removed.
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
+        ranks: the processes of the run; the folder is one that all of them see.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, the vocabulary differs, or
@@ -152,6 +167,23 @@ def open_workspace(
         ModelFileError: the folder cannot be written (CheckpointError), or its tokenizer.
     """
     limit = TimeLimit(config.max_minutes, started)
+    ranks = ranks or Ranks()
+    device = ranks.device(config.device)
+    with ranks.in_turn():
+        if not ranks.writes:
+            resume = "auto"
+        config, root, data_dir, tokenizer = _opened(config, tokenizer, resume)
+        workspace = Workspace(config, root, data_dir, device, tokenizer, limit, ranks)
+        if ranks.size > 1:
+            # Built by the first rank; alone, when a phase asks for them.
+            for split in ("train", "valid"):
+                workspace.cache(split)
+    return workspace
+
+
+def _opened(
+    config: Config, tokenizer: Tokenizer | None, resume: str
+) -> tuple[Config, Path, Path, Tokenizer]:
     root = run_folder(config)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -165,7 +197,7 @@ def open_workspace(
     _check_same_run(root, config)
     with writing(root / "config.toml"):
         write_atomically(root / "config.toml", [to_toml(config).encode()])
-    return Workspace(config, root, data_dir, pick_device(config.device), tokenizer, limit)
+    return config, root, data_dir, tokenizer
 
 
 @contextmanager

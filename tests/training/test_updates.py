@@ -21,6 +21,7 @@ from dlmone_fast.networks.layers import Attention
 from dlmone_fast.training import RunResult, pipeline, run
 from dlmone_fast.training.diagnostics import DiscriminatorAccuracy, gradient_norms
 from dlmone_fast.training.distill_phase import DistillPhase
+from dlmone_fast.training.ranks import Ranks
 from dlmone_fast.training.stage import Stage
 from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import open_workspace
@@ -358,6 +359,8 @@ def test_discriminator_accuracy_counts_target_tokens_by_quarter_of_t() -> None:
     real = torch.tensor([[-1.0, 1, -1], [1, 1, 1]])
     fake = torch.tensor([[1.0, -1, -1], [1, -1, 1]])
     accuracy.add(t, real, mask, fake, mask)
+    assert accuracy.take() == {}
+    accuracy.merge(Ranks())
     assert accuracy.take() == {"accuracy_t0": 0.75, "accuracy_t3": pytest.approx(4 / 6)}
     assert accuracy.take() == {}
 
