@@ -1,0 +1,125 @@
+"""A bulk job: its folder, which says what it is and which shards are done.
+
+OUT/job.json             input files, options and model that every part of the output comes from
+OUT/part-N.jsonl         rows of shard N with their ids and texts, in order
+OUT/part-N.rejects.jsonl rows that have none, with the reason, if there are any
+OUT/part-N.done.json     counts and time; written last: without it the shard is made again
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dlmone_fast.bulk.shards import Shard, input_files
+from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.files import write_atomically
+from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
+
+JOB_NAME = "job.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the output: a job is continued only with the same."""
+
+    model: str
+    column: str = "src"
+    id_column: str = ""
+    rows_per_shard: int = 10_000
+    num_candidates: int = 1
+    steps: int | None = None
+    sampler: str | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a shard."""
+
+    rows: int
+    rejected: int
+    truncated: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job's input, output folder and options."""
+
+    source: Path
+    output: Path
+    options: Options
+
+    def open(self) -> None:
+        """Create the folder, or find it made by the same job.
+
+        Raises:
+            UsageError: the folder holds another job, or files of something else.
+            DataError: it cannot be written.
+        """
+        described, file = self._described(), self.output / JOB_NAME
+        if file.exists():
+            self._check_same(json.loads(file.read_text(encoding="utf-8")), described)
+            return
+        if self.output.exists() and any(self.output.iterdir()):
+            raise UsageError(
+                f"{self.output}: holds files and no {JOB_NAME}; name an empty or a new folder"
+            )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.output}: cannot be made ({error.strerror or error}); name another folder"
+            ) from error
+        self.write(file, [json.dumps(described, indent=1).encode()])
+
+    def missing(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Those that are not done."""
+        return [shard for shard in shards if not self.done_file(shard).exists()]
+
+    def done(self, shard: Shard) -> Done:
+        """What became of a shard that is done."""
+        return Done(**json.loads(self.done_file(shard).read_text(encoding="utf-8")))
+
+    def done_file(self, shard: Shard) -> Path:
+        """What proves that a shard is done."""
+        return self.output / f"{shard.name}.done.json"
+
+    def write(self, file: Path, chunks: Iterable[bytes]) -> None:
+        """Write a file of the job's folder, whole or not at all.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            write_atomically(file, chunks)
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be written ({error.strerror or error}); finished shards are kept: "
+                "free space or correct the rights, and run it again"
+            ) from error
+
+    def _described(self) -> dict[str, Any]:
+        model = Path(self.options.model) / MANIFEST_NAME
+        files = {
+            str(file): [file.stat().st_size, file.stat().st_mtime_ns]
+            for file in input_files(self.source)
+        }
+        options = asdict(self.options) | {"model": hash_file(model)}
+        return {"input": files, "options": options}
+
+    def _check_same(self, before: Any, now: dict[str, Any]) -> None:
+        changed = ["input"] if before.get("input") != now["input"] else []
+        options = before.get("options", {})
+        changed += [key for key, value in now["options"].items() if options.get(key) != value]
+        if changed:
+            raise UsageError(
+                f"{self.output}: holds a job with another {' and '.join(changed)}; give the same "
+                "to continue it, or name a new folder"
+            )

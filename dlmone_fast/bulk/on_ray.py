@@ -1,0 +1,121 @@
+"""Shards on the workers of Ray Data: an actor holds a model and makes one shard after another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from dlmone_fast.bulk.job import Job
+from dlmone_fast.bulk.shards import Shard
+from dlmone_fast.errors import BackendUnavailableError, DlmOneError
+
+
+class _ShardActor:
+    """A worker's state: the model, loaded once."""
+
+    def __init__(self, job: Job, device: str, batch_size: int, threads: int) -> None:
+        import torch
+
+        from dlmone_fast.bulk.worker import ShardWriter
+        from dlmone_fast.runtime import load_model
+
+        torch.set_num_threads(threads)
+        options = job.options
+        generator = load_model(options.model, device, options.dtype, backend=options.backend)
+        self.writer = ShardWriter(job, generator, batch_size)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make the shards [n] of a batch; their indices."""
+        made = []
+        for item in batch["shard"]:
+            shard = Shard(**item)
+            self.writer.write(shard)
+            made.append(shard.index)
+        return {"index": made}
+
+
+def run_on_ray(
+    job: Job, shards: list[Shard], *, workers: int, device: str, batch_size: int, threads: int
+) -> Iterator[int]:
+    """Make the shards; yields the index of each that is done, in any order.
+
+    A worker that dies is replaced, and its shard made again. `RAY_ADDRESS` names a cluster;
+    without it Ray runs on this machine, for as long as this takes.
+
+    Args:
+        job: the job, whose folder every worker sees.
+        shards: what is to be made.
+        workers: how many at once.
+        device: cpu or cuda; with cuda each worker has a GPU to itself.
+        batch_size: texts a network call.
+        threads: CPU threads of a worker.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed.
+        DlmOneError: a shard cannot be made; finished ones are kept.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise BackendUnavailableError(
+            "bulk generation needs Ray, which is not installed: pip install 'dlmone_fast[ray]'"
+        )
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _start(ray, workers * threads)
+    try:
+        yield from _made(ray, job, shards, workers, device, batch_size, threads)
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _start(ray: Any, cpus: int) -> None:
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+
+
+def _made(
+    ray: Any,
+    job: Job,
+    shards: list[Shard],
+    workers: int,
+    device: str,
+    batch_size: int,
+    threads: int,
+) -> Iterator[int]:
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"shard": shard.as_item()} for shard in shards]
+    made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _ShardActor,
+        fn_constructor_kwargs={
+            "job": job, "device": device, "batch_size": batch_size, "threads": threads,
+        },
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=threads,
+        num_gpus=1 if device == "cuda" else 0,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )  # fmt: skip
+    try:
+        for row in made.iter_rows():
+            yield int(row["index"])
+    except ray.exceptions.RayError as error:
+        cause = _own(error)
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _own(error: BaseException | None) -> DlmOneError | None:
+    """The error of this package behind one of Ray's."""
+    while error is not None:
+        if isinstance(error, DlmOneError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

@@ -1,0 +1,206 @@
+"""An input cut into shards: which rows of which file, and reading them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from dlmone_fast.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+MAX_LINE_BYTES = 16 * 2**20
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of one file.
+
+    Attributes:
+        index: place among all shards, which names the output.
+        file: path of the input file.
+        first: number of the first row in its file, from 0.
+        count: how many rows; None: to the end of the file.
+        offset: byte of a plain jsonl file where the first row begins.
+    """
+
+    index: int
+    file: str
+    first: int = 0
+    count: int | None = None
+    offset: int = 0
+
+    @property
+    def name(self) -> str:
+        """What its output files are called, without an ending."""
+        return f"part-{self.index:06d}"
+
+    def as_item(self) -> dict[str, Any]:
+        """Its fields, for a worker to build it again."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """A row of the input: its id, what is to be kept of it, and its source or why it has none."""
+
+    id: str
+    fields: dict[str, Any]
+    source: str = ""
+    reason: str = ""
+
+
+def input_files(path: Path) -> list[Path]:
+    """The file, or a folder's input files in order of their names.
+
+    Raises:
+        DataError: there is none, or the ending is unknown.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+    else:
+        files = [path] if path.name.endswith(SUFFIXES) else []
+    if not path.exists():
+        raise DataError(f"{path}: not found; name a file or folder of {', '.join(SUFFIXES)}")
+    if not files:
+        raise DataError(f"{path}: expected {', '.join(SUFFIXES)}, or a folder of such files")
+    return files
+
+
+def plan_shards(path: Path, rows: int) -> list[Shard]:
+    """Shards of about `rows` rows each; a gzipped file is one, for none can begin within it.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    shards: list[Shard] = []
+    for file in input_files(path):
+        try:
+            for first, count, offset in _pieces(file, rows):
+                shards.append(Shard(len(shards), str(file), first, count, offset))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be read ({error}); copy it again") from error
+    return shards
+
+
+def read_shard(shard: Shard, column: str, id_column: str) -> Iterator[InputRow]:
+    """The shard's rows; what has no usable source says why instead of ending the job.
+
+    Raises:
+        DataError: the file itself cannot be read on.
+    """
+    file, number = Path(shard.file), shard.first
+    rows = _parquet_rows(shard) if file.suffix == ".parquet" else _json_rows(shard)
+    try:
+        for number, row in enumerate(rows, shard.first):
+            yield _input_row(f"{file.name}:{number}", row, column, id_column)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{file}: cannot be read beyond row {number} ({error}); copy it again"
+        ) from error
+
+
+def _pieces(file: Path, rows: int) -> Iterator[tuple[int, int | None, int]]:
+    """First row, rows and byte offset of each shard of a file."""
+    if file.suffix == ".gz":
+        yield 0, None, 0
+    elif file.suffix == ".parquet":
+        total = _parquet(file).metadata.num_rows
+        for first in range(0, total, rows):
+            yield first, min(rows, total - first), 0
+    else:
+        starts = list(_line_starts(file, rows))
+        for index, offset in enumerate(starts):
+            last = index == len(starts) - 1
+            yield index * rows, None if last else rows, offset
+
+
+def _line_starts(file: Path, every: int) -> Iterator[int]:
+    """Byte offsets of the lines 0, every, 2·every, … of a file."""
+    place, line = 0, 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            if place == 0:
+                yield 0
+            found = -1
+            while (found := block.find(b"\n", found + 1)) >= 0:
+                line += 1
+                # A line begins there only if anything follows.
+                if line % every == 0 and (found + 1 < len(block) or stream.peek(1)):
+                    yield place + found + 1
+            place += len(block)
+
+
+def _json_rows(shard: Shard) -> Iterator[dict[str, Any] | str]:
+    """Objects, or the reason why a line is none."""
+    with _open(Path(shard.file)) as stream:
+        stream.seek(shard.offset)
+        for line in islice(_lines(stream), shard.count):
+            yield _object(line)
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        yield line
+        # The rest of a line that is too long is not a line.
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES + 1)
+
+
+def _open(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
+
+
+def _object(line: bytes) -> dict[str, Any] | str:
+    if len(line) > MAX_LINE_BYTES:
+        return f"longer than {MAX_LINE_BYTES} bytes"
+    try:
+        found = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "lone surrogate: not Unicode text"
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    except RecursionError:
+        return "nested too deeply"
+    except ValueError as error:
+        return f"not JSON ({error})"
+    return found if isinstance(found, dict) else f"expected an object, got {found!r:.80}"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file)
+
+
+def _parquet_rows(shard: Shard) -> Iterator[dict[str, Any] | str]:
+    assert shard.count is not None
+    parquet, before = _parquet(Path(shard.file)), 0
+    for group in range(parquet.num_row_groups):
+        size = parquet.metadata.row_group(group).num_rows
+        start, stop = max(shard.first - before, 0), min(shard.first + shard.count - before, size)
+        if start < stop:
+            yield from parquet.read_row_group(group).slice(start, stop - start).to_pylist()
+        before += size
+
+
+def _input_row(place: str, row: dict[str, Any] | str, column: str, id_column: str) -> InputRow:
+    if isinstance(row, str):
+        return InputRow(place, {}, reason=row)
+    identity, source = row.get(id_column) if id_column else place, row.get(column)
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        return InputRow(place, row, reason=f"{id_column!r} is no string or whole number")
+    if not isinstance(source, str):
+        return InputRow(str(identity), row, reason=f"{column!r} is no string")
+    return InputRow(str(identity), row, source)

@@ -1,0 +1,135 @@
+"""What makes one shard: read its rows, generate, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from dlmone_fast.bulk.job import Done, Job
+from dlmone_fast.bulk.shards import InputRow, Shard, read_shard
+from dlmone_fast.errors import PromptError
+from dlmone_fast.runtime import Generator
+
+_WINDOW = 4096
+_SHOWN = 1000
+
+
+class ShardWriter:
+    """Generates for shards of a job, one after the other.
+
+    What it writes is a function of the rows, their ids and the job's options; neither the batch
+    nor the worker that a row falls to changes it.
+
+    Args:
+        job: the job.
+        generator: its model.
+        batch_size: texts a network call.
+    """
+
+    def __init__(self, job: Job, generator: Generator, batch_size: int) -> None:
+        self.job, self.generator, self.batch_size = job, generator, batch_size
+
+    def write(self, shard: Shard) -> Done:
+        """Write a shard's files; what proves that it is done comes last.
+
+        Raises:
+            DataError: the input cannot be read on, or the output not be written.
+        """
+        started, job, options = time.perf_counter(), self.job, self.job.options
+        rejects: list[bytes] = []
+        counts = {"rows": 0, "truncated": 0}
+        rows = read_shard(shard, options.column, options.id_column)
+        part = job.output / f"{shard.name}.jsonl"
+        job.write(part, self._chunks(rows, rejects, counts))
+        refused = part.with_name(f"{shard.name}.rejects.jsonl")
+        if rejects:
+            job.write(refused, rejects)
+        else:
+            # Of an attempt that was killed.
+            refused.unlink(missing_ok=True)
+        done = Done(
+            rows=counts["rows"], rejected=len(rejects), truncated=counts["truncated"],
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        job.write(job.done_file(shard), [json.dumps(asdict(done)).encode()])
+        return done
+
+    def _chunks(
+        self, rows: Iterator[InputRow], rejects: list[bytes], counts: dict[str, int]
+    ) -> Iterator[bytes]:
+        """The part's content, a window at a time; notes what is rejected and counts the rest."""
+        while window := list(islice(rows, _WINDOW)):
+            good = [row for row in map(self._checked, window) if not self._rejected(row, rejects)]
+            if good:
+                yield self._generated(good, counts)
+
+    def _checked(self, row: InputRow) -> InputRow:
+        """The row, or why the model cannot read it."""
+        if row.reason:
+            return row
+        try:
+            self.generator.tokenizer.encode([self._cut(row)])
+        except PromptError as error:
+            return InputRow(row.id, row.fields, reason=str(error))
+        return row
+
+    def _rejected(self, row: InputRow, rejects: list[bytes]) -> bool:
+        if row.reason:
+            shown = json.dumps(row.fields, ensure_ascii=False)[:_SHOWN]
+            rejects.append(_line({"id": row.id, "reason": row.reason, "row": shown}))
+        return bool(row.reason)
+
+    def _generated(self, rows: list[InputRow], counts: dict[str, int]) -> bytes:
+        options = self.job.options
+        # Rows of like length stand together; the output keeps the input's order.
+        order = sorted(range(len(rows)), key=lambda at: len(rows[at].source))
+        batch = self.generator.generate_candidates(
+            [self._cut(rows[at]) for at in order],
+            num_candidates=options.num_candidates,
+            steps=options.steps,
+            sampler=options.sampler,
+            seeds=[id_seed(options.seed, rows[at].id) for at in order],
+            batch_size=self.batch_size,
+            on_overflow="truncate",
+            progress=False,
+        )
+        lines = [b""] * len(rows)
+        for at, texts, cut in zip(order, batch.texts, batch.truncated, strict=True):
+            truncated = cut or len(rows[at].source) > self.generator.tokenizer.max_chars
+            counts["truncated"] += truncated
+            lines[at] = _line(_answer(rows[at], texts, truncated))
+        counts["rows"] += len(rows)
+        return b"".join(lines)
+
+    def _cut(self, row: InputRow) -> str:
+        return row.source[: self.generator.tokenizer.max_chars]
+
+
+def id_seed(seed: int, identity: str) -> int:
+    """The 64-bit generation seed of a row, a function of the job's seed and the row's id."""
+    digest = hashlib.sha256(f"bulk/{seed}/{identity}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def total(done: Iterable[Done]) -> Done:
+    """The sum of all shards."""
+    found = list(done)
+    return Done(
+        rows=sum(d.rows for d in found), rejected=sum(d.rejected for d in found),
+        truncated=sum(d.truncated for d in found), seconds=sum(d.seconds for d in found),
+    )  # fmt: skip
+
+
+def _answer(row: InputRow, texts: list[str], truncated: bool) -> dict[str, Any]:
+    result = {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
+    return {**row.fields, "row_id": row.id, **result, "truncated": truncated}
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    # What parquet holds beyond JSON (dates, decimals) is written as text.
+    return (json.dumps(content, ensure_ascii=False, default=str) + "\n").encode()

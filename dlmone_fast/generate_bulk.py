@@ -1,0 +1,138 @@
+"""The command `python -m dlmone_fast.generate_bulk`: many rows, many workers, each row once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional
+
+from dlmone_fast.cli import OptionalInt, OptionalStr, parse, run_command
+from dlmone_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from dlmone_fast.bulk.job import Options
+
+DESCRIPTION = """Generate a text for each row of a .jsonl, .jsonl.gz or .parquet file, or a folder
+of them, on the workers of Ray (pip install 'dlmone_fast[ray]'; RAY_ADDRESS names a cluster).
+
+The output folder gets a jsonl file a shard: the row's own fields, row_id, generated (or candidates)
+and truncated. Rows that cannot be used are in part-N.rejects.jsonl with their reason. The same
+command again makes the shards that are missing. A row's text depends on its id and --seed, not on
+workers or batches. Exit codes: 0 done, 2 usage, 3 data, 4 model files.
+"""
+
+
+@dataclass(frozen=True)
+class BulkArgs:
+    """Options of the command."""
+
+    input: Annotated[str, Positional]
+    """A .jsonl, .jsonl.gz or .parquet file, or a folder of them."""
+    output: Annotated[str, Positional]
+    """A new folder, or one that the same command began."""
+    model: str
+    """Model folder, which every worker sees."""
+    column: str = "src"
+    """The field that holds the source."""
+    id_column: str = ""
+    """The field that names a row; default: file name and row number."""
+    rows_per_shard: int = 10_000
+    """Rows of one output file. A .gz file is one shard, for none can begin within it."""
+    workers: int = 0
+    """Workers at once; 0: one a GPU, or one for each 4 CPU cores."""
+    num_candidates: int = 1
+    """Texts per source, each from its own noise."""
+    steps: OptionalInt = None
+    """Network calls per text; default: the model's own."""
+    sampler: OptionalStr = None
+    """Sampler of a teacher; default: the model's own."""
+    seed: int = 0
+    """Of all texts."""
+    batch_size: int = 64
+    """Texts per network call."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if there are any."""
+    dtype: str = "auto"
+    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
+    backend: str = "auto"
+    """What runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code or raises a `DlmOneError` that carries it."""
+    args = parse(
+        BulkArgs, prog="python -m dlmone_fast.generate_bulk", description=DESCRIPTION, args=argv
+    )
+    for name, low, high in (
+        ("workers", 0, 4096), ("rows_per_shard", 1, 10**9), ("batch_size", 1, 1 << 16),
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: expected {low} to {high}, got {value}")
+    from tqdm import tqdm
+
+    from dlmone_fast.bulk.job import Job
+    from dlmone_fast.bulk.on_ray import run_on_ray
+    from dlmone_fast.bulk.shards import plan_shards
+    from dlmone_fast.bulk.worker import total
+
+    started = time.perf_counter()
+    job = Job(Path(args.input).resolve(), Path(args.output).resolve(), _options(args))
+    shards = plan_shards(job.source, args.rows_per_shard)
+    job.open()
+    missing = job.missing(shards)
+    device, workers, threads = _resources(args, len(missing))
+    before = total(job.done(shard) for shard in shards if shard not in missing)
+    with tqdm(total=len(shards), initial=len(shards) - len(missing), unit="shard") as bar:
+        if missing:
+            made = run_on_ray(
+                job, missing, workers=workers, device=device,
+                batch_size=args.batch_size, threads=threads,
+            )  # fmt: skip
+            for _ in made:
+                bar.update(1)
+    now = total(job.done(shard) for shard in shards)
+    seconds = time.perf_counter() - started
+    rate = (now.rows - before.rows) / seconds
+    print(
+        f"{now.rows:,} rows written, {now.rejected:,} rejected, {now.truncated:,} sources cut, "
+        f"{len(shards):,} shards ({len(missing):,} made now, {rate:,.0f} rows/s)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _options(args: BulkArgs) -> Options:
+    from dlmone_fast.bulk.job import Options
+
+    return Options(
+        model=str(Path(args.model).resolve()), column=args.column, id_column=args.id_column,
+        rows_per_shard=args.rows_per_shard, num_candidates=args.num_candidates, steps=args.steps,
+        sampler=args.sampler, seed=args.seed, dtype=args.dtype, backend=args.backend,
+    )  # fmt: skip
+
+
+def _resources(args: BulkArgs, shards: int) -> tuple[str, int, int]:
+    """Device, workers and threads of each."""
+    from dlmone_fast.models.devices import pick_device
+
+    device, cores = pick_device(args.device).type, len(os.sched_getaffinity(0))
+    if device == "cuda":
+        import torch
+
+        workers = args.workers or torch.cuda.device_count()
+    else:
+        workers = args.workers or max(1, cores // 4)
+    workers = max(1, min(workers, shards))
+    return device, workers, max(1, cores // workers)
+
+
+if __name__ == "__main__":
+    run_command(main)
