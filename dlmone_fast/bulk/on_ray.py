@@ -41,8 +41,8 @@ def run_on_ray(
 ) -> Iterator[int]:
     """Make the shards; yields the index of each that is done, in any order.
 
-    A worker that dies is replaced, and its shard made again. `RAY_ADDRESS` names a cluster;
-    without it Ray runs on this machine, for as long as this takes.
+    A worker that dies is replaced, and its shard made again: Ray Data's default. `RAY_ADDRESS`
+    names a cluster; without it Ray runs on this machine, for as long as this takes.
 
     Args:
         job: the job, whose folder every worker sees.
@@ -76,6 +76,8 @@ def _start(ray: Any, cpus: int) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
+        # Ray's own default leaves workers what other programs do not want.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 
 
@@ -99,8 +101,6 @@ def _made(
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=threads,
         num_gpus=1 if device == "cuda" else 0,
-        max_restarts=-1,
-        max_task_retries=-1,
     )  # fmt: skip
     try:
         for row in made.iter_rows():

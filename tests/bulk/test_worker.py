@@ -1,0 +1,143 @@
+"""What is written for a row depends on the row and the job, and each row is written once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from dlmone_fast.bulk.job import Job, Options
+from dlmone_fast.bulk.shards import plan_shards
+from dlmone_fast.bulk.worker import ShardWriter, id_seed, total
+from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.runtime import Generator, load_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("bulk") / "model")
+
+
+@pytest.fixture(scope="module")
+def generator(model: Path) -> Generator:
+    return load_model(model, "cpu", "fp32", backend="eager")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Thirty rows, two of them bad, one too long for the model."""
+    rows: list[Any] = [{"src": text, "id": f"r{n}"} for n, text in enumerate(tiny.prompts(30))]
+    rows[7] = {"src": None, "id": "r7"}
+    rows[11] = ["no object"]
+    rows[20]["src"] = "ba " * 40
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def made(
+    source: Path, output: Path, model: Path, generator: Generator, batch: int, **options: Any
+) -> list[dict[str, Any]]:
+    job = Job(source, output, Options(str(model), **options))
+    job.open()
+    writer = ShardWriter(job, generator, batch)
+    for shard in job.missing(plan_shards(source, job.options.rows_per_shard)):
+        writer.write(shard)
+    parts = sorted(output.glob("part-*.jsonl"))
+    texts = [part.read_text() for part in parts if "rejects" not in part.name]
+    return [json.loads(line) for line in "".join(texts).splitlines()]
+
+
+def test_batches_and_shards_do_not_change_what_is_written(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    one = made(source, tmp_path / "a", model, generator, 64)
+    assert [row["id"] for row in one] == [f"r{n}" for n in range(30) if n not in (7, 11)]
+    assert one == made(source, tmp_path / "b", model, generator, 3, rows_per_shard=4)
+    assert [row["truncated"] for row in one].count(True) >= 1
+    assert one[18]["truncated"]
+
+
+def test_an_id_gives_a_row_its_noise_wherever_it_stands(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    rows = source.read_text().splitlines(keepends=True)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(reversed(rows)))
+    one = made(source, tmp_path / "a", model, generator, 8, id_column="id")
+    other = made(mixed, tmp_path / "b", model, generator, 8, id_column="id")
+    assert {r["id"]: r["generated"] for r in one} == {r["id"]: r["generated"] for r in other}
+    assert id_seed(0, "a") != id_seed(1, "a") != id_seed(1, "b")
+
+
+def test_rejects_say_which_row_and_why(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    made(source, tmp_path / "out", model, generator, 8)
+    lines = (tmp_path / "out" / "part-000000.rejects.jsonl").read_text().splitlines()
+    rejects = [json.loads(line) for line in lines]
+    assert [(row["id"], row["reason"]) for row in rejects] == [
+        ("in.jsonl:7", "'src' is no string"),
+        ("in.jsonl:11", "expected an object, got ['no object']"),
+    ]
+
+
+def test_only_what_is_missing_is_made_again(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    out = tmp_path / "out"
+    whole = made(source, out, model, generator, 8, rows_per_shard=10)
+    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    # As a kill leaves it: a part without its proof, and a temporary file.
+    (out / "part-000001.done.json").unlink()
+    (out / "part-000001.jsonl").write_text("torn")
+    again = made(source, out, model, generator, 5, rows_per_shard=10)
+    assert again == whole
+    after = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {n for n in after if n.startswith("part-000001.")}
+
+
+def test_counts_add_up(source: Path, tmp_path: Path, model: Path, generator: Generator):
+    made(source, tmp_path / "out", model, generator, 8, rows_per_shard=10)
+    job = Job(source, tmp_path / "out", Options(str(model), rows_per_shard=10))
+    found = total(job.done(shard) for shard in plan_shards(source, 10))
+    assert (found.rows, found.rejected) == (28, 2)
+
+
+def test_another_job_does_not_write_into_the_folder(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    out = tmp_path / "out"
+    made(source, out, model, generator, 8)
+    with pytest.raises(UsageError, match="another seed"):
+        Job(source, out, Options(str(model), seed=1)).open()
+    with source.open("a") as file:
+        file.write('{"src": "ba"}\n')
+    with pytest.raises(UsageError, match="another input"):
+        Job(source, out, Options(str(model))).open()
+    other = tiny.save(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="another input and model"):
+        Job(source, out, Options(str(other))).open()
+
+
+def test_a_folder_of_something_else_is_refused(source: Path, tmp_path: Path, model: Path):
+    with pytest.raises(UsageError, match=r"holds files and no job\.json"):
+        Job(source, tmp_path, Options(str(model))).open()
+
+
+def test_an_output_that_cannot_be_written_is_named(
+    source: Path, tmp_path: Path, model: Path, generator: Generator, monkeypatch: Any
+):
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    job = Job(source, tmp_path / "out", Options(str(model)))
+    job.open()
+    monkeypatch.setattr("dlmone_fast.bulk.job.write_atomically", full)
+    with pytest.raises(DataError, match=r"No space left on device.*free space"):
+        ShardWriter(job, generator, 8).write(plan_shards(source, 100)[0])
+    assert job.missing(plan_shards(source, 100))
