@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.records import environment
 
 Figure = Callable[[str, str, str, str], None]
 
@@ -35,10 +38,14 @@ def figure(request: pytest.FixtureRequest) -> Figure:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the figures, and whether everything passed."""
+    """Write the figures, where they were measured, and whether everything passed."""
     path = session.config.getoption("figures")
     if path:
-        figures = session.config.stash.get(_FIGURES, [])
-        text = json.dumps({"exit_status": int(exitstatus), "figures": figures}, indent=1)
+        found = {
+            "exit_status": int(exitstatus),
+            "campaign": bool(session.config.getoption("campaign")),
+            "environment": environment(torch.device("cpu")),
+            "figures": session.config.stash.get(_FIGURES, []),
+        }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
