@@ -24,7 +24,7 @@ from dlmone_fast.models.commit import (
     remove_directory,
     remove_leftovers,
 )
-from dlmone_fast.models.manifest import verify_manifest
+from dlmone_fast.models.manifest import check_unchanged, identities, verify_manifest
 from dlmone_fast.models.plainfiles import (
     StrPath,
     is_plain_name,
@@ -133,6 +133,7 @@ def load_checkpoint(path: StrPath, *, require_finite: bool = True) -> Checkpoint
         CheckpointError: naming the file and the reason.
     """
     path = complete_path(path)
+    before = identities(path)
     head = _verified_head(path)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in head["tensors"]:
@@ -144,6 +145,8 @@ def load_checkpoint(path: StrPath, *, require_finite: bool = True) -> Checkpoint
         config_text = config.decode("utf-8")
     except UnicodeDecodeError as reason:
         raise CheckpointError(f"{path / CONFIG_NAME}: is not UTF-8 ({reason})") from reason
+    read = (STATE_NAME, CONFIG_NAME, *(f"{name}.safetensors" for name in tensors))
+    check_unchanged(path, before, read, CheckpointError)
     return Checkpoint(path, head["step"], tensors, head["state"], config_text)
 
 

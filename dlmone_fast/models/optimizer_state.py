@@ -5,6 +5,7 @@ Names are those of the parameters, never positions, so a state cannot land on an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,17 +126,24 @@ def _like(live: Any, saved: Any) -> Any:
 
 def _check_groups(optimizer: Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:
     keys, groups = state.get("keys"), state.get("groups")
-    if not isinstance(keys, Mapping) or not isinstance(groups, list):
-        raise CheckpointError("optimizer state: must hold keys and groups; use another checkpoint")
+    if (
+        not isinstance(groups, list)
+        or not isinstance(keys, Mapping)
+        or not all(isinstance(own, list) for own in keys.values())
+    ):
+        raise CheckpointError(
+            "optimizer state: must hold groups and a list of keys for each parameter; use another "
+            "checkpoint"
+        )
     if state.get("class") != type(optimizer).__name__:
         raise CheckpointError(
-            f"optimizer state: is of {state.get('class')!r}, this run uses "
+            f"optimizer state: is of {state.get('class')!r:.80}, this run uses "
             f"{type(optimizer).__name__}; resume with the configuration of the checkpoint"
         )
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
             f"optimizer state: has {len(groups)} parameter groups, this run has "
-            f"{len(optimizer.param_groups)}"
+            f"{len(optimizer.param_groups)}; resume with the configuration of the checkpoint"
         )
     known: set[str] = set()
     for index, (live, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
@@ -151,10 +159,32 @@ def _check_groups(optimizer: Optimizer, names: Mapping[int, str], state: Mapping
                 f"optimizer state: group {index} must hold the options {sorted(options)}, found "
                 f"{sorted(set(saved) - {'parameters'})}; it was written by another torch release"
             )
+        for key, value in _hyperparameters(live).items():
+            if not _same_kind(value, saved[key]):
+                raise CheckpointError(
+                    f"optimizer state: {key} of group {index} must be like {value!r}, got "
+                    f"{saved[key]!r:.80}; use another checkpoint"
+                )
         known.update(expected)
     unknown = sorted(set(keys) - known)
     if unknown:
-        raise CheckpointError(f"optimizer state: {unknown[0]} is not a parameter of this run")
+        raise CheckpointError(
+            f"optimizer state: {unknown[0]:.80} is not a parameter of this run; resume with the "
+            "configuration of the checkpoint"
+        )
+
+
+def _same_kind(live: Any, saved: Any) -> bool:
+    """Whether a value from JSON can stand for one of an optimiser's options."""
+    if isinstance(live, (list, tuple)):
+        return (
+            isinstance(saved, list)
+            and len(saved) == len(live)
+            and all(map(_same_kind, live, saved))
+        )
+    if type(live) in (int, float):
+        return type(saved) in (int, float) and abs(saved) <= sys.float_info.max
+    return type(saved) is type(live)
 
 
 def _fitting(tensor: Tensor, parameter: Parameter, name: str) -> Tensor:

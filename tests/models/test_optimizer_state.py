@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,14 @@ def drop_option(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     del state["groups"][0]["weight_decay"]
 
 
+def set_option(name: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    return lambda tensors, state: state["groups"][0].update({name: value})
+
+
+def one_key(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    state["keys"]["0.weight"] = 3
+
+
 def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state.clear()
 
@@ -130,7 +138,12 @@ def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         (reorder, "group 0"),
         (drop_group, "1 parameter groups"),
         (drop_option, "weight_decay"),
-        (empty, "must hold keys and groups"),
+        (set_option("lr", "high"), "lr of group 0 must be like .*, got 'high'"),
+        (set_option("betas", [0.9]), r"betas of group 0 must be like \(0\.\d+, .*got \[0\.9\]"),
+        (set_option("eps", 10**400), "eps of group 0 must be like"),
+        (set_option("maximize", 0), "maximize of group 0 must be like False, got 0"),
+        (one_key, "a list of keys for each parameter"),
+        (empty, "must hold groups and a list of keys"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change: Any, message: str) -> None:
