@@ -13,6 +13,7 @@ from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
+from dlmone_fast.training.lock import only_training_in
 from dlmone_fast.training.loop import run_phase
 from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
 from dlmone_fast.training.publish import publish
@@ -59,6 +60,11 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         teacher: a model folder; empty: the run's own teacher, which must be trained.
         resume: as for `train_teacher`; "never" keeps the run's own teacher.
     """
+    with only_training_in(run_folder(config)):
+        return _distill_in_two_stages(config, teacher, resume)
+
+
+def _distill_in_two_stages(config: Config, teacher: StrPath, resume: StrPath) -> Path:
     workspace, folder = _open_with_teacher(config, teacher, "auto")
     phases = _after_the_teacher(workspace.config)
     _check_pairs_are_read(workspace.config)
@@ -90,7 +96,7 @@ def run(
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
 
     Raises:
-        UsageError: arguments that contradict each other.
+        UsageError: arguments that contradict each other, or another training in the run folder.
         DataError: data files are missing or malformed.
         DlmOneError: whatever stops a phase; see `training.loop.run_phase`.
     """
@@ -106,6 +112,13 @@ def run(
         _check_test_split(config)
     if phase == "all":
         _check_pairs_are_read(config)
+    with only_training_in(run_folder(config)):
+        return _run_phases(config, phase, teacher, resume, started)
+
+
+def _run_phases(
+    config: Config, phase: str, teacher: StrPath, resume: StrPath, started: float | None
+) -> RunResult:
     if phase in ("teacher", "all") and not teacher:
         workspace = open_workspace(
             config, resume="never" if resume == "never" else "auto", started=started
