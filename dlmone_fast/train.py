@@ -54,11 +54,14 @@ def main(args: list[str] | None = None) -> None:
         return
     from dlmone_fast.comparison import compare_run
     from dlmone_fast.training import run
+    from dlmone_fast.training.signals import StopRequest
 
-    result = run(config, arguments.phase, teacher, arguments.resume, started)
-    if arguments.phase in ("all", "stage2") and result.student is not None:
-        result.workspace.limit.check("the comparison")
-        print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))
+    # The training loop has its own way to stop; around it everything can be made again.
+    with StopRequest() as stop, stop.cutting():
+        result = run(config, arguments.phase, teacher, arguments.resume, started)
+        if arguments.phase in ("all", "stage2") and result.student is not None:
+            result.workspace.limit.check("the comparison")
+            print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))
 
 
 def _plan(config: Config, teacher: str) -> str:

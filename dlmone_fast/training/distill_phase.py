@@ -134,7 +134,7 @@ class DistillPhase:
         }
         state: dict[str, Any] = {"generator_optimizer": generator, "score_optimizer": score}
         state |= {"best_score": self.best_score if self.best_of else None, "best_of": self.best_of}
-        return tensors, state | {"skipped": stage.guard.skipped}
+        return tensors, state | stage.guard.state()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         tensors, state, stage = checkpoint.tensors, checkpoint.state, self.stage
@@ -154,4 +154,4 @@ class DistillPhase:
         self.best = {name: value.to(device) for name, value in tensors["best"].items()}
         self.best_of = state["best_of"]
         self.best_score = state["best_score"] if self.best_of else float("-inf")
-        stage.guard.skipped = state["skipped"]
+        stage.guard.restore(state)

@@ -98,7 +98,9 @@ class Stage:
         self.generator_optimizer = adamw(self.generator, config.generator_learning_rate, *optimizer)
         self.score_optimizer = adamw(self.score, config.score_learning_rate, *optimizer)
         self.ema = Ema(self.generator, config.ema_decay, config.ema_warmup)
-        self.guard = UpdateGuard(workspace.config.max_bad_steps)
+        networks = (self.generator, self.score, teacher)
+        watched = [weight for network in networks for weight in network.parameters()]
+        self.guard = UpdateGuard(workspace.config.max_bad_steps, watched)
         self.accuracy = DiscriminatorAccuracy(self.schedule.num_timesteps)
         self.cache = workspace.cache("train")
         streams = (Stream.BATCH_FAKE, Stream.BATCH_REAL, Stream.DATA_ORDER)

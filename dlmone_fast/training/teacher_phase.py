@@ -50,7 +50,7 @@ class TeacherPhase:
         c = self.config
         self.optimizer = adamw(self.lm, c.learning_rate, c.beta1, c.beta2, c.weight_decay)
         self.ema = Ema(self.lm, c.ema_decay, c.ema_warmup)
-        self.guard = UpdateGuard(workspace.config.max_bad_steps)
+        self.guard = UpdateGuard(workspace.config.max_bad_steps, self.lm.parameters())
         self.timesteps = _timesteps(workspace.config, self.schedule)
         self.cache = workspace.cache("train")
         self.stream = BatchStream(self.cache, self.seed, c.batch_size)
@@ -134,7 +134,7 @@ class TeacherPhase:
         tensors["optimizer"] = moments
         if self.timesteps.state():
             tensors["timesteps"] = self.timesteps.state()
-        return tensors, {"optimizer": optimizer, "skipped": self.guard.skipped}
+        return tensors, {"optimizer": optimizer, **self.guard.state()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
@@ -145,7 +145,7 @@ class TeacherPhase:
             value.copy_(tensors["ema"][name])
         if "timesteps" in tensors:
             self.timesteps.restore(tensors["timesteps"])
-        self.guard.skipped = state["skipped"]
+        self.guard.restore(state)
 
 
 def new_network(workspace: Workspace) -> DiffusionLM:
