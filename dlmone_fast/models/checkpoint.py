@@ -33,7 +33,7 @@ from dlmone_fast.models.plainfiles import (
     unreadable,
     write_json,
 )
-from dlmone_fast.models.tensors import check_finite, read_tensors, write_tensors
+from dlmone_fast.models.tensors import check_finite, check_like, read_tensors, write_tensors
 
 FORMAT = "dlmone_fast.checkpoint"
 VERSION = 1
@@ -58,6 +58,32 @@ class Checkpoint:
     """Tensors by name within each named file, on the CPU."""
     state: dict[str, Any]
     config_text: str
+
+    def group(self, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one file, with exactly the names, shapes and dtypes of `like`.
+
+        Raises:
+            CheckpointError: naming what is missing, unexpected or different.
+        """
+        found = self.tensors.get(name, {})
+        check_like(like, found, self.path / f"{name}.safetensors", error=CheckpointError)
+        return found
+
+    def value(self, name: str, *kinds: type, default: Any = None) -> Any:
+        """An entry of the state that is of one of the given types; `default` if there is none.
+
+        Raises:
+            CheckpointError: it is of another type, or missing without a default.
+        """
+        if name not in self.state and default is not None:
+            return default
+        if name not in self.state or type(self.state[name]) not in kinds:
+            raise CheckpointError(
+                f"{self.path / STATE_NAME}: {name} must be "
+                f"{' or '.join(kind.__name__ for kind in kinds)}, got "
+                f"{self.state.get(name)!r:.80}; resume from another checkpoint"
+            )
+        return self.state[name]
 
 
 def save_checkpoint(

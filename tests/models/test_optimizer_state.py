@@ -99,6 +99,11 @@ def retype(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     tensors["2.weight/exp_avg_sq"] = tensors["2.weight/exp_avg_sq"].double()
 
 
+def halve_counter(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    # It would stop counting at 2048.
+    tensors["2.bias/step"] = tensors["2.bias/step"].half()
+
+
 def rename_class(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state["class"] = "SGD"
 
@@ -134,6 +139,7 @@ def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         (add_moment, r"unexpected: 9\.weight/exp_avg"),
         (misshape, r"2\.weight/exp_avg_sq is \[8, 2\]"),
         (retype, r"2\.weight/exp_avg_sq is .*float64"),
+        (halve_counter, r"2\.bias/step is \[\] torch\.float16, expected \[\] torch\.float32"),
         (rename_class, "'SGD'"),
         (reorder, "group 0"),
         (drop_group, "1 parameter groups"),
