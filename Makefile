@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test aot sanitize bench bench-kernels lint types imports check clean
+.PHONY: help setup demo demo-seeds test reliability aot sanitize bench bench-kernels lint types imports check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -25,6 +25,11 @@ demo-seeds: $(READY)  ## the demo for the seeds 1, 2 and 3, held against what it
 
 test: $(READY)  ## run the tests
 	$(PY) -m pytest tests -q
+
+# The table is for a failed campaign too, and its command says how the campaign ended.
+reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; writes docs/reliability.md
+	-$(PY) -m pytest tests/reliability -q --campaign --figures build/reliability.json
+	$(PY) -m benchmarks.reliability build/reliability.json
 
 aot: $(READY)  ## compile every Triton kernel for A100 and H100, without a GPU
 	$(PY) -m dlmone_fast.kernels.triton.aot --jobs 2

@@ -73,7 +73,7 @@ class TokenizerMissingError(ModelFileError):
 
 
 class DivergedError(DlmOneError, ArithmeticError):
-    """Training stopped because too many steps in a row were not finite."""
+    """Training met too many steps in a row that were not finite."""
 
     exit_code = EXIT_DIVERGED
 

@@ -83,9 +83,12 @@ class Tokenizer:
         return _named(Path(path), lambda: cls(tokens, lowercase=lowercase))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json`, written by `save` or by another tool for a BERT model."""
-        text = _read_text(Path(path))
+    def from_file(cls, path: str | Path, sha256: str = "") -> Tokenizer:
+        """Read a `tokenizer.json`, written by `save` or by another tool for a BERT model.
+
+        With `sha256`, what is read must have that hash, in hex: a manifest's, verified earlier.
+        """
+        text = _read_text(Path(path), sha256)
         return _named(Path(path), lambda: cls.from_json(text))
 
     @classmethod
@@ -287,14 +290,22 @@ def _backend(
     return backend
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, sha256: str = "") -> str:
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ModelFileError(f"{path}: {size} bytes, the limit is {MAX_FILE_BYTES}")
-        return path.read_bytes().decode("utf-8")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ModelFileError(
+                f"{path}: has more than the {MAX_FILE_BYTES:,} bytes that a tokenizer may have; "
+                "name a BERT tokenizer's file"
+            )
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise ModelFileError(f"{path}: was changed while it was read; load it again")
+        return content.decode("utf-8")
     except OSError as error:
-        raise ModelFileError(f"{path}: cannot read the tokenizer file ({error})") from error
+        raise ModelFileError(
+            f"{path}: cannot be read ({error.strerror}); check the path, or copy the file again"
+        ) from error
     except UnicodeDecodeError as error:
         raise ModelFileError(f"{path}: not UTF-8 ({error}); copy the file again") from error
 

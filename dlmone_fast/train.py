@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -55,12 +57,27 @@ def main(args: list[str] | None = None) -> None:
     from dlmone_fast.comparison import compare_run
     from dlmone_fast.training import run
 
-    result = run(config, arguments.phase, teacher, arguments.resume, started)
-    if not result.workspace.ranks.writes:
+    with _stoppable():
+        result = run(config, arguments.phase, teacher, arguments.resume, started)
+        if not result.workspace.ranks.writes:
+            return
+        if arguments.phase in ("all", "stage2") and result.student is not None:
+            result.workspace.limit.check("the comparison")
+            print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the command at once, with 75: the training loop has its own way to stop, and
+    around it everything can be made again. Ranks are left to torchrun, which ends them all."""
+    from dlmone_fast.training.ranks import of_several
+    from dlmone_fast.training.signals import StopRequest
+
+    if of_several():
+        yield
         return
-    if arguments.phase in ("all", "stage2") and result.student is not None:
-        result.workspace.limit.check("the comparison")
-        print(compare_run(result, say=lambda line: print(line, file=sys.stderr)))
+    with StopRequest() as stop, stop.cutting():
+        yield
 
 
 def _plan(config: Config, teacher: str) -> str:

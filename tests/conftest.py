@@ -19,6 +19,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of the reliability campaign runs."""
+    group = parser.getgroup("reliability campaign")
+    group.addoption(
+        "--campaign",
+        action="store_true",
+        help="tests/reliability with the full counts of docs/reliability.md",
+    )
+    group.addoption("--figures", metavar="FILE", help="write what tests/reliability measured, JSON")
+
+
 def _optional_directory(variable: str, default: Path) -> Path:
     path = Path(os.environ.get(variable, default))
     if not path.is_dir():

@@ -373,12 +373,28 @@ def test_the_merged_values_are_checked_not_the_layers(tmp_path: Path) -> None:
         (b"[teacher]\nsteps = 1.5\n", "teacher.steps must be a whole number, got 1.5"),
         (b"seed = 1\nseed = 2\n", "is not valid TOML"),
         (b"a = " + b"[" * 5000 + b"]" * 5000, ""),
+        (b"seed = " + b"9" * 5000, "is not valid TOML: Exceeds the limit"),
+        (b"seed = 0x" + b"f" * 5000, "seed must be between 0 and 9.22337e+18, got a number of th"),
+        (b"# " + b"a" * (1 << 20), "is larger than the 1,048,576 bytes"),
+        ('[evaluation]\nteacher_steps = "²"\n'.encode(), "evaluation.teacher_steps must be whole"),
+        (b'[evaluation]\nteacher_steps = "' + b"9" * 5000 + b'"', "whole numbers separated by sp"),
+        (b'"a\\u001B[2J" = 1\n', r"unknown key 'a\x1b[2J'; known: "),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "run.toml"
     file.write_bytes(content)
     assert expected in message("qqp", file=file)
+
+
+@pytest.mark.parametrize(
+    "content", ['{key} = "{long}"', "{key} = ['{long}']", "{long} = 1", '[model]\n"{long}" = 1']
+)
+@pytest.mark.parametrize("key", ["seed", "precision", "teacher", "preset"])
+def test_a_message_repeats_no_long_value(tmp_path: Path, content: str, key: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(content.format(key=key, long="x" * 50_000), "utf-8")
+    assert len(message("", file=file)) < 600
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,12 @@ from typing import Any, get_type_hints
 
 from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.config.schema import Config
-from dlmone_fast.config.section import Section
+from dlmone_fast.config.section import Section, shown
 from dlmone_fast.errors import ConfigError
+
+_MAX_FILE_BYTES = 1 << 20
+# A key that TOML takes without quotes, of a length that fits a message.
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: Any) -> Config:
@@ -54,19 +59,38 @@ def to_toml(config: Config) -> str:
 
 
 def load_toml(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The nested values of a TOML file, checked against the keys of `Config`."""
+    """The nested values of a TOML file, checked against the keys of `Config`.
+
+    Raises:
+        ConfigError: the file cannot be read, is larger than 1 MiB or not TOML, or has a key that
+            is unknown or no section; the message gives the line or the key path.
+    """
+    text = _read(file)
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file}: is not UTF-8 text ({error.reason})") from error
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(text)
+    # Not TOMLDecodeError alone: a number of thousands of digits is a ValueError of int().
+    except ValueError as error:
         raise ConfigError(f"--config {file}: is not valid TOML: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"--config {file}: is nested too deeply") from error
     _check_keys(Config, values, "")
     return values
+
+
+def _read(file: str | os.PathLike[str]) -> str:
+    try:
+        with Path(file).open("rb") as stream:
+            content = stream.read(_MAX_FILE_BYTES + 1)
+        if len(content) <= _MAX_FILE_BYTES:
+            return content.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file}: is not UTF-8 text ({error.reason})") from error
+    raise ConfigError(
+        f"--config {file}: is larger than the {_MAX_FILE_BYTES:,} bytes that a configuration may "
+        "have; name the TOML file of a run"
+    )
 
 
 def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,10 +121,10 @@ def _check_keys(kind: type, values: Mapping[str, Any], path: str) -> None:
     sections = _sections(kind)
     for key, value in values.items():
         if key not in names:
-            raise ConfigError(_unknown(f"key {path}{key}", key, names, path))
+            raise ConfigError(_unknown("key", key, names, path))
         if key in sections:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{path}{key} must be a section of keys, got {value!r}")
+                raise ConfigError(f"{path}{key} must be a section of keys, got {shown(value)}")
             _check_keys(sections[key], value, f"{path}{key}.")
 
 
@@ -118,7 +142,7 @@ def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _unknown(what: str, name: str, known: list[str], path: str = "") -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
     hint = f"did you mean {path}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
-    shown = what if what.startswith("key") else f"{what} {name!r}"
-    return f"unknown {shown}; {hint}"
+    bare = what == "key" and _BARE_KEY.fullmatch(name)
+    return f"unknown {what} {path}{name if bare else shown(name)}; {hint}"

@@ -7,11 +7,12 @@ released `config.json` and `train.sh` for the teacher, DLM-One for the two stage
 Annotations here are types and not strings: reading strings is a twentieth of what `--help` takes.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from dlmone_fast.config.distillation import DistillConfig
 from dlmone_fast.config.room import default_source_limit, largest_source
-from dlmone_fast.config.section import Section, one_of, within
+from dlmone_fast.config.section import Section, one_of, shown, within
 from dlmone_fast.errors import ConfigError
 
 
@@ -70,6 +71,9 @@ class ModelConfig(Section):
                 f"num_heads must divide hidden_size ({self.hidden_size}), got {self.num_heads}"
             )
 
+
+# A number from 1. Not str.isdigit(): it also knows digits that int() does not.
+_CALLS = re.compile(r"0*[1-9][0-9]{0,9}")
 
 SCHEDULES = ("sqrt", "linear", "cosine", "trunc_cos", "trunc_lin", "pw_lin")
 
@@ -213,9 +217,10 @@ class EvaluationConfig(Section):
         within(self, 1, 4096, "batch_size")
         within(self, 0, 100_000, "bootstrap")
         for name in ("teacher_steps", "student_steps"):
-            if any(not word.isdigit() or int(word) < 1 for word in getattr(self, name).split()):
+            value = getattr(self, name)
+            if not all(_CALLS.fullmatch(word) for word in value.split()):
                 raise ConfigError(
-                    f"{name} must be whole numbers separated by spaces, got {getattr(self, name)!r}"
+                    f"{name} must be whole numbers separated by spaces, got {shown(value)}"
                 )
 
 
@@ -239,7 +244,8 @@ class Config(Section):
     """Run the training networks through torch.compile."""
     log_every: int = 20
     max_bad_steps: int = 10
-    """Steps in a row with a non-finite loss or gradient before the run stops."""
+    """Steps in a row with a non-finite loss, gradient or weight before the run goes back to its
+    last checkpoint and, where it meets them again, stops."""
     max_minutes: float = 0.0
     """Minutes after which a run saves and ends with 75, as on SIGTERM; 0: no limit."""
     rank_minutes: float = 10.0
@@ -314,7 +320,9 @@ class Config(Section):
         ):
             calls = getattr(self.evaluation, name)
             if any(int(word) > most for word in calls.split()):
-                raise ConfigError(f"evaluation.{name} must be at most {most} calls, got {calls!r}")
+                raise ConfigError(
+                    f"evaluation.{name} must be at most {most} calls, got {shown(calls)}"
+                )
 
     @property
     def is_grammar(self) -> bool:

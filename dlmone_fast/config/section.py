@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from dlmone_fast.errors import ConfigError
 
+# Characters of a value that a message repeats.
+_SHOWN = 80
+
 _checks_enabled = contextvars.ContextVar("config_checks_enabled", default=True)
 
 
@@ -41,10 +44,10 @@ def _check_types(section: Section) -> None:
         if kind is float and type(value) in (int, float):
             # The comparison also refuses NaN, and whole numbers beyond a float's range.
             if not abs(value) <= sys.float_info.max:
-                raise ConfigError(f"{item.name} must be finite, got {value!r:.40}")
+                raise ConfigError(f"{item.name} must be finite, got {shown(value)}")
             object.__setattr__(section, item.name, float(value))
         elif kind in _KINDS and type(value) is not kind:
-            raise ConfigError(f"{item.name} must be {_KINDS[kind]}, got {value!r}")
+            raise ConfigError(f"{item.name} must be {_KINDS[kind]}, got {shown(value)}")
 
 
 _KINDS: dict[object, str] = {
@@ -52,12 +55,22 @@ _KINDS: dict[object, str] = {
 }  # fmt: skip
 
 
+def shown(value: object) -> str:
+    """A value for a message, cut to a line; files may hold values of any length."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python prints no integer of more than some thousand digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def within(section: Section, low: float, high: float, *names: str) -> None:
     """Raise ConfigError unless the named fields lie between `low` and `high`, both included."""
     for name in names:
         value = getattr(section, name)
         if not low <= value <= high:
-            raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
+            raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {shown(value)}")
 
 
 def one_of(section: Section, choices: tuple[str, ...], *names: str) -> None:
@@ -65,4 +78,4 @@ def one_of(section: Section, choices: tuple[str, ...], *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")

@@ -24,7 +24,7 @@ from dlmone_fast.models.commit import (
     remove_directory,
     remove_leftovers,
 )
-from dlmone_fast.models.manifest import verify_manifest
+from dlmone_fast.models.manifest import check_unchanged, identities, verify_manifest
 from dlmone_fast.models.plainfiles import (
     StrPath,
     is_plain_name,
@@ -33,7 +33,7 @@ from dlmone_fast.models.plainfiles import (
     unreadable,
     write_json,
 )
-from dlmone_fast.models.tensors import check_finite, read_tensors, write_tensors
+from dlmone_fast.models.tensors import check_finite, check_like, read_tensors, write_tensors
 
 FORMAT = "dlmone_fast.checkpoint"
 VERSION = 1
@@ -58,6 +58,32 @@ class Checkpoint:
     """Tensors by name within each named file, on the CPU."""
     state: dict[str, Any]
     config_text: str
+
+    def group(self, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one file, with exactly the names, shapes and dtypes of `like`.
+
+        Raises:
+            CheckpointError: naming what is missing, unexpected or different.
+        """
+        found = self.tensors.get(name, {})
+        check_like(like, found, self.path / f"{name}.safetensors", error=CheckpointError)
+        return found
+
+    def value(self, name: str, *kinds: type, default: Any = None) -> Any:
+        """An entry of the state that is of one of the given types; `default` if there is none.
+
+        Raises:
+            CheckpointError: it is of another type, or missing without a default.
+        """
+        if name not in self.state and default is not None:
+            return default
+        if name not in self.state or type(self.state[name]) not in kinds:
+            raise CheckpointError(
+                f"{self.path / STATE_NAME}: {name} must be "
+                f"{' or '.join(kind.__name__ for kind in kinds)}, got "
+                f"{self.state.get(name)!r:.80}; resume from another checkpoint"
+            )
+        return self.state[name]
 
 
 def save_checkpoint(
@@ -133,6 +159,7 @@ def load_checkpoint(path: StrPath, *, require_finite: bool = True) -> Checkpoint
         CheckpointError: naming the file and the reason.
     """
     path = complete_path(path)
+    before = identities(path)
     head = _verified_head(path)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in head["tensors"]:
@@ -144,6 +171,8 @@ def load_checkpoint(path: StrPath, *, require_finite: bool = True) -> Checkpoint
         config_text = config.decode("utf-8")
     except UnicodeDecodeError as reason:
         raise CheckpointError(f"{path / CONFIG_NAME}: is not UTF-8 ({reason})") from reason
+    read = (STATE_NAME, CONFIG_NAME, *(f"{name}.safetensors" for name in tensors))
+    check_unchanged(path, before, read, CheckpointError)
     return Checkpoint(path, head["step"], tensors, head["state"], config_text)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,14 @@ from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
 from dlmone_fast.kernels.nearest_token import nearest_token
 from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.devices import pick_device
-from dlmone_fast.models.folder import ModelFolder, check_tensors, load_folder
+from dlmone_fast.models.folder import CONFIG_NAME, ModelFolder, check_tensors, load_folder
 from dlmone_fast.networks import DiffusionLM
 from dlmone_fast.samplers import steps
+
+SectionType = TypeVar("SectionType", ModelConfig, DiffusionConfig)
+
+# What folders of version 1 may lack: added since, and off where it is not named.
+_LATER_KEYS = frozenset({"source_positions", "self_conditioning"})
 
 
 class Denoiser(nn.Module):
@@ -179,7 +185,7 @@ def load_teacher(path: str | os.PathLike[str], device: str | torch.device = "cpu
 
 def denoiser_from_folder(folder: ModelFolder) -> Denoiser:
     """Build the networks that a verified model folder describes, and load its tensors."""
-    model, diffusion = _configs(folder.config)
+    model, diffusion = _configs(folder)
     with torch.device("meta"):
         described = DiffusionLM(model).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in described.items()}
@@ -189,14 +195,24 @@ def denoiser_from_folder(folder: ModelFolder) -> Denoiser:
     return Denoiser(lm, Schedule(diffusion)).eval().requires_grad_(False)
 
 
-def _configs(config: Mapping[str, object]) -> tuple[ModelConfig, DiffusionConfig]:
-    try:
-        model, diffusion = config["model"], config["diffusion"]
-        if not isinstance(model, Mapping) or not isinstance(diffusion, Mapping):
-            raise TypeError("model and diffusion must be sections")
-        return ModelConfig(**model), DiffusionConfig(**diffusion)
-    except (ConfigError, KeyError, TypeError) as error:
+def _configs(folder: ModelFolder) -> tuple[ModelConfig, DiffusionConfig]:
+    model = _section(ModelConfig, folder, "model")
+    return model, _section(DiffusionConfig, folder, "diffusion")
+
+
+def _section(kind: type[SectionType], folder: ModelFolder, name: str) -> SectionType:
+    where, values = folder.path / CONFIG_NAME, folder.config[name]
+    # A default in the place of what the weights were trained with would load, and be wrong.
+    required = {item.name for item in dataclasses.fields(kind)} - _LATER_KEYS
+    missing = sorted(required - set(values))
+    if missing:
         raise ModelFileError(
-            f"config.json does not describe a model: {error}; "
-            "the folder may come from a newer version of dlmone_fast"
+            f"{where}: {name} lacks {', '.join(missing[:3])}; copy the folder again from its source"
+        )
+    try:
+        return kind(**values)
+    except (ConfigError, TypeError) as error:
+        raise ModelFileError(
+            f"{where}: {name}: {error!s:.200}; the folder may come from a newer version of "
+            "dlmone_fast"
         ) from error

@@ -1,14 +1,13 @@
 """Conversion of original DiffuSeq checkpoints (arXiv 2210.08933; Shark-NLP/DiffuSeq, f78945d).
 
 The one module that unpickles, and only through torch's restricted unpickler, on a file whose
-container was checked first. Nothing in the checkpoint is believed: sizes come from the tensors,
-paths in training_args.json are ignored.
+container and pickle were checked first (`archive.py`). Nothing in the checkpoint is believed: sizes
+come from the tensors, paths in training_args.json are ignored.
 """
 
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from dlmone_fast.config import DiffusionConfig, ModelConfig
 from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.models.archive import check_archive
 from dlmone_fast.models.diffuseq_convert import ARGS_NAME, EMBEDDINGS, convert
 from dlmone_fast.models.folder import save_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
-from dlmone_fast.models.plainfiles import StrPath, read_json, unreadable
+from dlmone_fast.models.plainfiles import StrPath, read_json
 
 MAX_CHECKPOINT_BYTES = 4 << 30
 _MIN_TORCH = (2, 10)
-_MAX_PICKLE_BYTES = 16 << 20
 _CHECKPOINT_NAME = re.compile(r"ema_.+_(\d+)\.pt")
 
 
@@ -178,23 +177,24 @@ def read_training_args(folder: Path) -> dict[str, Any]:
 def load_state_dict(file: StrPath, max_bytes: int = MAX_CHECKPOINT_BYTES) -> dict[str, Tensor]:
     """Read the tensors of a .pt file without running anything that it holds.
 
-    The file must be a zip archive of uncompressed records, as torch.save writes it, so memory is
-    bounded by its size; the tensors are a map of the file. There is no fallback.
+    The file must be a zip archive of uncompressed records, as torch.save writes it, whose pickle
+    names what tensors are made of and nothing else, so memory is bounded by its size; the tensors
+    are a map of the file. There is no fallback.
 
     Raises:
         ModelFileError: the file is too large, not such an archive, or holds more than tensors.
     """
     file = Path(file)
     _check_torch()
-    _check_archive(file, max_bytes)
+    check_archive(file, max_bytes)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     # The file is hostile until proven otherwise and torch documents no list of what its
     # unpickler raises on one.
     except Exception as reason:
         raise ModelFileError(
-            f"{file}: torch's safe loader refused it ({_first_line(reason)}); only state dicts of "
-            "tensors are imported, never code"
+            f"{file}: torch's safe loader refused it ({type(reason).__name__}); only state dicts "
+            "of tensors are imported, never code: copy it again from its source"
         ) from reason
     if not isinstance(state, Mapping):
         raise ModelFileError(f"{file}: expected a state dict, found {type(state).__name__}")
@@ -216,49 +216,6 @@ def _check_torch() -> None:
         )
 
 
-def _check_archive(file: Path, max_bytes: int) -> None:
-    """Refuse what could cost more than the file's size, or is damaged, before torch sees it."""
-    try:
-        size = file.stat().st_size
-    except OSError as reason:
-        raise ModelFileError(unreadable(file, reason)) from reason
-    if size > max_bytes:
-        raise ModelFileError(
-            f"{file}: has {size:,} bytes, more than the limit of {max_bytes:,}; a DiffuSeq model "
-            "has about 381 million"
-        )
-    try:
-        with zipfile.ZipFile(file) as archive:
-            problem = _archive_problem(archive, size)
-    # zipfile raises several types on damaged archives.
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as reason:
-        raise ModelFileError(
-            f"{file}: is not a complete file of torch.save in torch 1.6 or newer ({reason}); copy "
-            "it again from its source"
-        ) from reason
-    if problem:
-        raise ModelFileError(f"{file}: {problem}")
-
-
-def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
-    entries = archive.infolist()
-    stored = all(
-        entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
-        for entry in entries
-    )
-    if not stored or sum(entry.file_size for entry in entries) > size:
-        return (
-            "has compressed or overlapping records, which torch.save never writes; not opened, "
-            "since it may unpack to any size"
-        )
-    pickles = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
-    if pickles > _MAX_PICKLE_BYTES:
-        return f"its pickle of {pickles:,} bytes is too large for a state dict; not opened"
-    # torch.load does not look at the checksums of the records.
-    damaged = archive.testzip()
-    return damaged and f"the record {damaged} is damaged; copy the file again from its source"
-
-
 def _is_stored_tensor(value: object) -> bool:
     """True for a dense CPU tensor whose elements are all in the file (no expanded views)."""
     return (
@@ -269,10 +226,6 @@ def _is_stored_tensor(value: object) -> bool:
         and value.is_contiguous()
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
-
-
-def _first_line(reason: Exception) -> str:
-    return (str(reason).strip() or type(reason).__name__).splitlines()[0][:200]
 
 
 def _tokenizer_json(vocab: StrPath, vocab_size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shutil
@@ -14,8 +15,25 @@ from torch import Tensor
 
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.commit import commit_directory, complete_path
-from dlmone_fast.models.manifest import MANIFEST_NAME, FileRecord, verify_manifest
-from dlmone_fast.models.plainfiles import StrPath, is_plain_name, read_json, write_json
+from dlmone_fast.models.manifest import (
+    MANIFEST_NAME,
+    RESEAL,
+    FileRecord,
+    check_unchanged,
+    hash_file,
+    identities,
+    verify_manifest,
+)
+from dlmone_fast.models.plainfiles import (
+    MAX_JSON_BYTES,
+    StrPath,
+    is_plain_name,
+    parse_json,
+    read_bytes,
+    read_json,
+    regular_file,
+    write_json,
+)
 from dlmone_fast.models.tensors import check_finite, check_tensors, read_tensors, write_tensors
 
 __all__ = ["ModelFolder", "check_tensors", "load_folder", "save_folder"]
@@ -56,11 +74,15 @@ class ModelFolder:
         """Read another JSON file of the folder that the manifest lists.
 
         Raises:
-            ModelFileError: the file is not listed, or is not a JSON object.
+            ModelFileError: the file is not listed, has changed, or is not a JSON object.
         """
+        where = self.path / name
         if name not in self.files:
-            raise ModelFileError(f"{self.path / name}: is not listed in {MANIFEST_NAME}")
-        return read_json(self.path, name, ModelFileError)
+            raise ModelFileError(f"{where}: is not listed in {MANIFEST_NAME}; {RESEAL}")
+        content = read_bytes(self.path, name, ModelFileError, MAX_JSON_BYTES)
+        if hashlib.sha256(content).hexdigest() != self.files[name].sha256:
+            raise ModelFileError(f"{where}: was changed after the folder was loaded; load it again")
+        return parse_json(content, where, ModelFileError)
 
 
 def save_folder(
@@ -125,11 +147,17 @@ def copy_folder(folder: ModelFolder, path: StrPath) -> Path:
     Raises:
         ModelFileError: a file has changed since it was loaded, or cannot be read or written.
     """
-    verify_manifest(folder.path, ModelFileError)
 
     def write(target: Path) -> None:
-        for name in folder.files:
-            shutil.copyfile(folder.path / name, target / name)
+        for name, record in folder.files.items():
+            source = regular_file(folder.path, name, ModelFileError)
+            shutil.copyfile(source, target / name)
+            # The copy, not the source: its new manifest would vouch for whatever was written.
+            if hash_file(target / name) != record.sha256:
+                raise ModelFileError(
+                    f"{source}: is not what was loaded from it (its sha256 differs); copy the "
+                    "folder again from its source, and load it again"
+                )
 
     return commit_directory(path, write)
 
@@ -141,10 +169,11 @@ def load_folder(path: StrPath) -> ModelFolder:
     model folder uses (tokenizer.json and so on): those must be listed.
 
     Raises:
-        ModelFileError: a file is missing, damaged, malformed or not listed, or the folder has a
-            newer format; the message names the file and the reason.
+        ModelFileError: a file is missing, damaged, malformed or not listed, changes while it is
+            read, or the folder has a newer format; the message names the file and the reason.
     """
     path = complete_path(path)
+    before = identities(path)
     files = verify_manifest(path, ModelFileError, required=(CONFIG_NAME,))
     for name in (TOKENIZER_NAME, GENERATION_NAME):
         if name not in files and (path / name).exists():
@@ -160,14 +189,16 @@ def load_folder(path: StrPath) -> ModelFolder:
             if key in tensors:
                 raise ModelFileError(f"{path / name}: {key} is in another weight file as well")
             tensors[key] = tensor
+    generation = (
+        read_json(path, GENERATION_NAME, ModelFileError) if GENERATION_NAME in files else {}
+    )
+    check_unchanged(path, before, files)
     return ModelFolder(
         path=path,
         config=config,
         tensors=tensors,
         tokenizer_path=path / TOKENIZER_NAME if TOKENIZER_NAME in files else None,
-        generation_config=(
-            read_json(path, GENERATION_NAME, ModelFileError) if GENERATION_NAME in files else {}
-        ),
+        generation_config=generation,
         files=files,
     )
 
@@ -177,7 +208,7 @@ def _read_weights(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for name in names:
         if name not in files:
-            raise ModelFileError(f"{path / name}: is not listed in {MANIFEST_NAME}")
+            raise ModelFileError(f"{path / name}: is not listed in {MANIFEST_NAME}; {RESEAL}")
         yield name, read_tensors(path, name, ModelFileError)
 
 

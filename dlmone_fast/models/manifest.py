@@ -8,8 +8,9 @@ whoever can write the folder can write the manifest. Standard library only.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ _MAX_FILE_BYTES = 1 << 40
 _MAX_MANIFEST_BYTES = 4 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-_RESEAL = (
+RESEAL = (
     "copy the folder again from its source, or, if the change was meant, call "
     "dlmone_fast.models.manifest.write_manifest(folder)"
 )
@@ -84,7 +85,7 @@ def read_manifest(
         raise error(f"{folder}: no such folder; check the path")
     content = read_json(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES)
     if content.get("format") != _FORMAT or type(content.get("version")) is not int:
-        raise error(f"{where}: is not a dlmone_fast manifest; {_RESEAL}")
+        raise error(f"{where}: is not a dlmone_fast manifest; {RESEAL}")
     if content["version"] != _VERSION:
         raise error(
             f"{where}: has version {content['version']}, this release reads {_VERSION}; "
@@ -94,7 +95,7 @@ def read_manifest(
     # Re-serialising catches what parsing forgives: other white space, escapes, appended text.
     canonical = dump_json(content).encode()
     if canonical != read_bytes(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES):
-        raise error(f"{where}: was changed after it was written; {_RESEAL}")
+        raise error(f"{where}: was changed after it was written; {RESEAL}")
     return records
 
 
@@ -118,10 +119,38 @@ def verify_manifest(
     records = read_manifest(folder, error)
     for name in required:
         if name not in records:
-            raise error(f"{folder / name}: is not listed in {MANIFEST_NAME}; {_RESEAL}")
+            raise error(f"{folder / name}: is not listed in {MANIFEST_NAME}; {RESEAL}")
     for name, record in records.items():
         _verify_file(folder, name, record, error)
     return records
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Which file stands under each name in the folder now: inode, size and time of last change."""
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry.stat() for entry in entries}
+    # What is wrong with the folder is for verify_manifest to say.
+    except OSError:
+        return {}
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
+
+
+def check_unchanged(
+    folder: Path,
+    before: Mapping[str, tuple[int, int, int]],
+    files: Iterable[str],
+    error: type[DlmOneError] = ModelFileError,
+) -> None:
+    """Raise `error` if one of the files was replaced or written to since `identities` was called.
+
+    What is read between the two calls is then what was verified between them: a folder that is
+    published anew meanwhile cannot give the old configuration and the new weights.
+    """
+    after = identities(folder)
+    for name in (MANIFEST_NAME, *files):
+        if name not in after or after[name] != before.get(name):
+            raise error(f"{folder / name}: was changed while it was read; load it again")
 
 
 def _verify_file(folder: Path, name: str, record: FileRecord, error: type[DlmOneError]) -> None:
@@ -131,7 +160,7 @@ def _verify_file(folder: Path, name: str, record: FileRecord, error: type[DlmOne
         if size != record.size:
             raise error(
                 f"{path}: has {size:,} bytes, the manifest says {record.size:,}; the file is "
-                f"damaged or was changed: {_RESEAL}"
+                f"damaged or was changed: {RESEAL}"
             )
         digest = hash_file(path)
     except OSError as reason:
@@ -139,7 +168,7 @@ def _verify_file(folder: Path, name: str, record: FileRecord, error: type[DlmOne
     if digest != record.sha256:
         raise error(
             f"{path}: its sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…; the "
-            f"file is damaged or was changed: {_RESEAL}"
+            f"file is damaged or was changed: {RESEAL}"
         )
 
 
@@ -148,7 +177,7 @@ def _records(
 ) -> dict[str, FileRecord]:
     files = content.get("files")
     if set(content) != {"format", "version", "files"} or not isinstance(files, dict):
-        raise error(f"{where}: expected the keys format, version and files; {_RESEAL}")
+        raise error(f"{where}: expected the keys format, version and files; {RESEAL}")
     if len(files) > _MAX_FILES:
         raise error(f"{where}: lists {len(files):,} files, at most {_MAX_FILES:,} are allowed")
     return {name: _record(name, entry, where, error) for name, entry in files.items()}
@@ -158,7 +187,7 @@ def _record(name: str, entry: object, where: Path, error: type[DlmOneError]) -> 
     if not is_plain_name(name) or name == MANIFEST_NAME:
         raise error(f"{where}: {name!r} is not a plain file name; the manifest is not to be used")
     if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-        raise error(f"{where}: the entry of {name} must hold size and sha256; {_RESEAL}")
+        raise error(f"{where}: the entry of {name} must hold size and sha256; {RESEAL}")
     size, digest = entry["size"], entry["sha256"]
     if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:
         raise error(

@@ -5,14 +5,17 @@ Names are those of the parameters, never positions, so a state cannot land on an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dlmone_fast.errors import CheckpointError
+from dlmone_fast.models.plainfiles import StrPath
 from dlmone_fast.models.tensors import check_names
 
 # Choices of implementation, which belong to the machine that runs and not to the state.
@@ -60,23 +63,24 @@ def restore_optimizer(
     parameters: Mapping[str, Parameter],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    where: StrPath = "optimizer state",
 ) -> None:
     """Put a state from `flatten_optimizer` back, bit for bit, after checking that it fits.
 
     Nothing of the optimiser changes unless everything fits. foreach, fused, capturable and
-    differentiable keep the live optimiser's values.
+    differentiable keep the live optimiser's values. `where` is the file, for messages.
 
     Raises:
         CheckpointError: another optimiser class, other groups or names, missing or unexpected
             tensors, or a shape or dtype that is not the parameter's.
     """
     names = _names_by_id(parameters)
-    _check_groups(optimizer, names, state)
+    _check_groups(optimizer, names, state, where)
     keys: Mapping[str, list[str]] = state["keys"]
     check_names(
         [f"{name}/{key}" for name, own in keys.items() for key in own],
         tensors,
-        "optimizer state",
+        where,
         error=CheckpointError,
     )
     order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -85,7 +89,7 @@ def restore_optimizer(
         name = _name(names, parameter)
         if name in keys:
             restored[index] = {
-                key: _fitting(tensors[f"{name}/{key}"], parameter, f"{name}/{key}")
+                key: _fitting(tensors[f"{name}/{key}"], parameter, f"{name}/{key}", where)
                 for key in keys[name]
             }
     groups = optimizer.state_dict()["param_groups"]
@@ -123,47 +127,79 @@ def _like(live: Any, saved: Any) -> Any:
     return tuple(saved) if isinstance(saved, list) else saved
 
 
-def _check_groups(optimizer: Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:
+def _check_groups(
+    optimizer: Optimizer, names: Mapping[int, str], state: Mapping[str, Any], where: StrPath
+) -> None:
     keys, groups = state.get("keys"), state.get("groups")
-    if not isinstance(keys, Mapping) or not isinstance(groups, list):
-        raise CheckpointError("optimizer state: must hold keys and groups; use another checkpoint")
+    if (
+        not isinstance(groups, list)
+        or not isinstance(keys, Mapping)
+        or not all(isinstance(own, list) for own in keys.values())
+    ):
+        raise CheckpointError(
+            f"{where}: must hold groups and a list of keys for each parameter; use another "
+            "checkpoint"
+        )
     if state.get("class") != type(optimizer).__name__:
         raise CheckpointError(
-            f"optimizer state: is of {state.get('class')!r}, this run uses "
+            f"{where}: is of {state.get('class')!r:.80}, this run uses "
             f"{type(optimizer).__name__}; resume with the configuration of the checkpoint"
         )
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
-            f"optimizer state: has {len(groups)} parameter groups, this run has "
-            f"{len(optimizer.param_groups)}"
+            f"{where}: has {len(groups)} parameter groups, this run has "
+            f"{len(optimizer.param_groups)}; resume with the configuration of the checkpoint"
         )
     known: set[str] = set()
     for index, (live, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         expected = [_name(names, p) for p in live["params"]]
         if not isinstance(saved, Mapping) or saved.get("parameters") != expected:
             raise CheckpointError(
-                f"optimizer state: group {index} does not hold this run's parameters in this "
+                f"{where}: group {index} does not hold this run's parameters in this "
                 f"run's order ({', '.join(expected[:3])}, …)"
             )
         options = set(_hyperparameters(live))
         if set(saved) - {"parameters"} != options:
             raise CheckpointError(
-                f"optimizer state: group {index} must hold the options {sorted(options)}, found "
+                f"{where}: group {index} must hold the options {sorted(options)}, found "
                 f"{sorted(set(saved) - {'parameters'})}; it was written by another torch release"
             )
+        for key, value in _hyperparameters(live).items():
+            if not _same_kind(value, saved[key]):
+                raise CheckpointError(
+                    f"{where}: {key} of group {index} must be like {value!r}, got "
+                    f"{saved[key]!r:.80}; use another checkpoint"
+                )
         known.update(expected)
     unknown = sorted(set(keys) - known)
     if unknown:
-        raise CheckpointError(f"optimizer state: {unknown[0]} is not a parameter of this run")
+        raise CheckpointError(
+            f"{where}: {unknown[0]:.80} is not a parameter of this run; resume with the "
+            "configuration of the checkpoint"
+        )
 
 
-def _fitting(tensor: Tensor, parameter: Parameter, name: str) -> Tensor:
-    # AdamW's step counter is the one scalar; every moment has its parameter's shape and dtype.
+def _same_kind(live: Any, saved: Any) -> bool:
+    """Whether a value from JSON can stand for one of an optimiser's options."""
+    if isinstance(live, (list, tuple)):
+        return (
+            isinstance(saved, list)
+            and len(saved) == len(live)
+            and all(map(_same_kind, live, saved))
+        )
+    if type(live) in (int, float):
+        return type(saved) in (int, float) and abs(saved) <= sys.float_info.max
+    return type(saved) is type(live)
+
+
+def _fitting(tensor: Tensor, parameter: Parameter, name: str, where: StrPath) -> Tensor:
+    # AdamW's step counter is the one scalar, float32; moments are like their parameter.
     scalar = name.endswith("/step")
     shape = () if scalar else tuple(parameter.shape)
-    if tuple(tensor.shape) != shape or not (scalar or tensor.dtype == parameter.dtype):
+    dtype = torch.float32 if scalar else parameter.dtype
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CheckpointError(
-            f"optimizer state: {name} is {list(tensor.shape)} {tensor.dtype}, expected "
-            f"{list(shape)}" + ("" if scalar else f" {parameter.dtype}")
+            f"{where}: {name} is {list(tensor.shape)} {tensor.dtype}, expected "
+            f"{list(shape)} {dtype}; resume with the configuration of the checkpoint"
         )
     return tensor

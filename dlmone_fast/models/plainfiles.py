@@ -102,15 +102,24 @@ def read_json(
     Raises:
         error: the file cannot be read, is not JSON, or holds something else than an object.
     """
-    content = read_bytes(folder, name, error, limit)
+    return parse_json(read_bytes(folder, name, error, limit), folder / name, error)
+
+
+def parse_json(content: bytes, where: Path, error: type[DlmOneError]) -> dict[str, Any]:
+    """Parse what `read_json` would read from the file `where`."""
     try:
         value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as reason:
-        raise error(f"{folder / name}: is not valid JSON ({reason})") from reason
+        raise error(
+            f"{where}: is not valid JSON ({reason}); copy the file again from its source"
+        ) from reason
     if not isinstance(value, dict):
-        raise error(f"{folder / name}: expected a JSON object, found {type(value).__name__}")
+        raise error(
+            f"{where}: expected a JSON object, found {type(value).__name__}; copy the file again "
+            "from its source"
+        )
     return value
 
 

@@ -200,20 +200,22 @@ class Generator:
             ForkedProcessError: it had run before this process was forked.
         """
         options.one_of("select", select, options.SELECTIONS)
-        prompts = options.prompts_of(batch)
-        seeds = options.seeds_of(seed, len(prompts))
-        batched = self.generate_candidates(
-            prompts,
-            num_candidates=num_candidates,
-            steps=steps,
-            seeds=seeds,
-            batch_size=batch_size,
-            sampler=sampler,
-            eta=eta,
-            on_overflow=on_overflow,
-            batch_invariant=batch_invariant,
-            progress=progress,
-        )
+        # Before anything is read: a full queue refuses a large batch as fast as a small one.
+        with self._executor.pool.call():
+            prompts = options.prompts_of(batch)
+            seeds = options.seeds_of(seed, len(prompts))
+            batched = self._candidates(
+                prompts,
+                num_candidates=num_candidates,
+                steps=steps,
+                seeds=seeds,
+                batch_size=batch_size,
+                sampler=sampler,
+                eta=eta,
+                on_overflow=on_overflow,
+                batch_invariant=batch_invariant,
+                progress=progress,
+            )
         chosen = [select_mbr(texts) if select == "mbr" else 0 for texts in batched.texts]
         if return_dict:
             return self._output(batched, chosen, seeds, steps)
@@ -306,7 +308,18 @@ class Generator:
         )
         return rows
 
-    def generate_candidates(
+    def generate_candidates(self, texts: Sequence[str], **call: Any) -> CandidateBatch:
+        """All candidates of each text, with the ids they were decoded from.
+
+        Arguments as for `generate`, with `seeds`, one a text. `encoded` holds the texts' ids where
+        the caller has cut them itself (`encode_jointly`); only the layout limits their length.
+        `decode` "diffuseq" reads the decoder's arg-max instead of the nearest embedding and cuts
+        nothing at [SEP], as the original's decoding and clean-up do.
+        """
+        with self._executor.pool.call():
+            return self._candidates(texts, **call)
+
+    def _candidates(
         self,
         texts: Sequence[str],
         *,
@@ -322,13 +335,6 @@ class Generator:
         encoded: Sequence[Sequence[int]] | None = None,
         decode: str = "clean",
     ) -> CandidateBatch:
-        """All candidates of each text, with the ids they were decoded from.
-
-        Arguments as for `generate`, with one seed a text. `encoded` holds the texts' ids where the
-        caller has cut them itself (`encode_jointly`); only the layout limits their length. `decode`
-        "diffuseq" reads the decoder's arg-max instead of the nearest embedding and cuts nothing at
-        [SEP], as the original's decoding and clean-up do.
-        """
         started = time.perf_counter()
         options.whole_number("num_candidates", num_candidates, 1, options.MAX_CANDIDATES)
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
@@ -336,18 +342,17 @@ class Generator:
         options.one_of("decode", decode, options.DECODINGS)
         settings = self.settings.with_call(steps, sampler, eta)
         limit = self.settings.max_source_tokens
-        with self._executor.pool.call():
-            if encoded is None:
-                encoded = self.tokenizer.encode(list(texts))
-            else:
-                sizes = self.denoiser.config
-                limit = largest_source(sizes.seq_len, sizes.source_positions)
-            rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
-            size = 1 if batch_invariant else batch_size
-            parts = [
-                self._executor.ids(rows.part(first, first + size), settings, decode)
-                for first in with_progress(range(0, len(rows), size), progress)
-            ]
+        if encoded is None:
+            encoded = self.tokenizer.encode(list(texts))
+        else:
+            sizes = self.denoiser.config
+            limit = largest_source(sizes.seq_len, sizes.source_positions)
+        rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
+        size = 1 if batch_invariant else batch_size
+        parts = [
+            self._executor.ids(rows.part(first, first + size), settings, decode)
+            for first in with_progress(range(0, len(rows), size), progress)
+        ]
         ids = torch.cat(parts) if parts else rows.ids
         targets = [row[mask != 0].tolist() for row, mask in zip(ids, rows.mask, strict=True)]
         decoded = [self._text(target, decode) for target in targets]

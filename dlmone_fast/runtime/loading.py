@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ import torch
 from dlmone_fast.config.room import default_source_limit
 from dlmone_fast.data.layouts import source_limit
 from dlmone_fast.errors import ModelFileError, UsageError
-from dlmone_fast.models.denoiser import denoiser_from_folder
+from dlmone_fast.models.denoiser import Denoiser, denoiser_from_folder
 from dlmone_fast.models.devices import pick_device
-from dlmone_fast.models.folder import ModelFolder, load_folder
+from dlmone_fast.models.folder import GENERATION_NAME, ModelFolder, load_folder
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED
@@ -54,7 +53,7 @@ def load_model(
     folder = load_folder(path)
     denoiser = denoiser_from_folder(folder).to(target)
     tokenizer = _tokenizer(folder, denoiser.config.vocab_size)
-    settings = _settings(folder)
+    settings = _settings(folder, denoiser)
     if tokenizer is not None:
         tokenizer.max_chars = settings.max_chars
     # The tensors live on in the networks; the folder keeps what describes them.
@@ -83,7 +82,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 def _tokenizer(folder: ModelFolder, vocab_size: int) -> Tokenizer | None:
     if folder.tokenizer_path is None:
         return None
-    tokenizer = Tokenizer.from_file(folder.tokenizer_path)
+    record = folder.files[folder.tokenizer_path.name]
+    tokenizer = Tokenizer.from_file(folder.tokenizer_path, record.sha256)
     if tokenizer.vocab_size != vocab_size:
         raise ModelFileError(
             f"{folder.tokenizer_path}: has {tokenizer.vocab_size} tokens, the model's embedding "
@@ -92,24 +92,32 @@ def _tokenizer(folder: ModelFolder, vocab_size: int) -> Tokenizer | None:
     return tokenizer
 
 
-def _settings(folder: ModelFolder) -> GenerationSettings:
+def _settings(folder: ModelFolder, denoiser: Denoiser) -> GenerationSettings:
+    where = folder.path / GENERATION_NAME
     known = {item.name for item in dataclasses.fields(GenerationSettings)}
     values: dict[str, Any] = {k: v for k, v in folder.generation_config.items() if k in known}
     values["kind"] = folder.config["kind"]
     if values["kind"] == "teacher":
         values = {"sampler": "ddim", "steps": 20, **values}
-    model = folder.config["model"]
-    positions = int(model["seq_len"]), int(model.get("source_positions", 0))
-    values.setdefault("max_source_tokens", default_source_limit(*positions))
+    else:
+        # A student works as it was trained alone: a default would be another model.
+        missing = [name for name in ("t_init", "scale_latent") if name not in values]
+        if missing:
+            raise ModelFileError(
+                f"{where}: a student's must hold {' and '.join(missing)}; copy the folder again "
+                "from its source"
+            )
+    model, num_timesteps = denoiser.config, denoiser.schedule.num_timesteps
+    values.setdefault(
+        "max_source_tokens", default_source_limit(model.seq_len, model.source_positions)
+    )
     try:
         settings = GenerationSettings(**values)
-        source_limit(positions[0], settings.max_source_tokens, positions[1])
-        last = int(folder.config["diffusion"]["num_timesteps"]) - 1
-        if settings.kind == "student" and settings.t_init > last:
-            raise UsageError(f"t_init must be at most {last}, got {settings.t_init}")
+        source_limit(model.seq_len, settings.max_source_tokens, model.source_positions)
+        if settings.kind == "student" and settings.t_init >= num_timesteps:
+            raise UsageError(f"t_init must be at most {num_timesteps - 1}, got {settings.t_init}")
         if settings.kind == "teacher":
-            timestep_grid(settings.sampler, settings.steps, last + 1)
+            timestep_grid(settings.sampler, settings.steps, num_timesteps)
         return settings
     except (UsageError, TypeError) as error:
-        where = Path(folder.path) / "generation_config.json"
-        raise ModelFileError(f"{where}: {error}") from error
+        raise ModelFileError(f"{where}: {error}; copy the folder again from its source") from error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dlmone_fast.config.section import shown
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.samplers.grids import METHODS
 
@@ -48,10 +49,14 @@ class GenerationSettings:
         if self.kind not in ("student", "teacher"):
             raise UsageError(f"kind must be student or teacher, got {self.kind!r}")
         if self.kind == "teacher" and self.sampler not in METHODS:
-            raise UsageError(f"sampler must be one of {', '.join(METHODS)}; got {self.sampler!r}")
+            raise UsageError(
+                f"sampler must be one of {', '.join(METHODS)}; got {shown(self.sampler)}"
+            )
         whole_number("steps", self.steps, 1, 100_000)
+        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
+            raise UsageError(f"eta must be a number from 0 to 1, got {shown(self.eta)}")
         if not isinstance(self.scale_latent, bool):
-            raise UsageError(f"scale_latent must be true or false, got {self.scale_latent!r}")
+            raise UsageError(f"scale_latent must be true or false, got {shown(self.scale_latent)}")
         whole_number("t_init", self.t_init, 1, 100_000)
         whole_number("max_source_tokens", self.max_source_tokens, 2, 4096)
         whole_number("max_chars", self.max_chars, 1, 10_000_000)
@@ -105,14 +110,14 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
     except TypeError:
         number = -1
     if not low <= number <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
     return number
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value, if it is one of the choices."""
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
     return str(value)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dlmone_fast.models.checkpoint import Checkpoint
 from dlmone_fast.models.denoiser import Denoiser
@@ -14,6 +15,7 @@ from dlmone_fast.training.loop import State, phase_seed
 from dlmone_fast.training.pairs_phase import Pairs
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.stage import Stage
+from dlmone_fast.training.teacher_phase import guard_counts
 from dlmone_fast.training.validation import Validator
 from dlmone_fast.training.workspace import Workspace
 
@@ -134,24 +136,39 @@ class DistillPhase:
         }
         state: dict[str, Any] = {"generator_optimizer": generator, "score_optimizer": score}
         state |= {"best_score": self.best_score if self.best_of else None, "best_of": self.best_of}
-        return tensors, state | {"skipped": stage.guard.skipped}
+        return tensors, state | stage.guard.state()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        tensors, state, stage = checkpoint.tensors, checkpoint.state, self.stage
-        for name, module, optimizer in (
-            ("generator", stage.generator, stage.generator_optimizer),
-            ("score", stage.score, stage.score_optimizer),
-        ):
-            parameters = dict(module.named_parameters())
+        stage = self.stage
+        networks: dict[str, tuple[nn.Module, Optimizer]] = {
+            "generator": (stage.generator, stage.generator_optimizer),
+            "score": (stage.score, stage.score_optimizer),
+        }
+        weights = {
+            k: checkpoint.group(k, module.state_dict()) for k, (module, _) in networks.items()
+        }
+        average = checkpoint.group("ema", stage.ema.values)
+        seen = {"right": stage.accuracy.right, "count": stage.accuracy.count}
+        accuracy = checkpoint.group("accuracy", seen)
+        best_of = checkpoint.value("best_of", str)
+        # Nothing is the best before the first validation.
+        best = checkpoint.group("best", stage.ema.values if best_of else {})
+        best_score = checkpoint.value("best_score", float) if best_of else float("-inf")
+        counts = guard_counts(checkpoint)
+        for name, (module, optimizer) in networks.items():
             key = f"{name}_optimizer"
-            restore_optimizer(optimizer, parameters, tensors[key], state[key])
-            module.load_state_dict(tensors[name])
+            restore_optimizer(
+                optimizer,
+                dict(module.named_parameters()),
+                checkpoint.tensors.get(key, {}),
+                checkpoint.value(key, dict),
+                checkpoint.path / f"{key}.safetensors",
+            )
+            module.load_state_dict(weights[name])
         for name, value in stage.ema.values.items():
-            value.copy_(tensors["ema"][name])
-        stage.accuracy.right.copy_(tensors["accuracy"]["right"])
-        stage.accuracy.count.copy_(tensors["accuracy"]["count"])
-        device = self.workspace.device
-        self.best = {name: value.to(device) for name, value in tensors["best"].items()}
-        self.best_of = state["best_of"]
-        self.best_score = state["best_score"] if self.best_of else float("-inf")
-        stage.guard.skipped = state["skipped"]
+            value.copy_(average[name])
+        for name, value in seen.items():
+            value.copy_(accuracy[name])
+        self.best = {name: value.to(self.workspace.device) for name, value in best.items()}
+        self.best_of, self.best_score = best_of, best_score
+        stage.guard.restore(counts)

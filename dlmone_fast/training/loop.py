@@ -1,15 +1,16 @@
-"""The loop that every phase runs in: resume, update, log, validate, save, stop."""
+"""The loop that every phase runs in: resume, update, log, validate, save, go back, stop."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dlmone_fast.config import to_toml
-from dlmone_fast.errors import CheckpointError, InterruptedAndSavedError
+from dlmone_fast.errors import CheckpointError, DivergedError, InterruptedAndSavedError
 from dlmone_fast.kernels.noise import Stream, random_bits
 from dlmone_fast.models.checkpoint import (
     Checkpoint,
@@ -17,6 +18,7 @@ from dlmone_fast.models.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
+from dlmone_fast.models.tensors import finite_problems
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.signals import StopRequest
 from dlmone_fast.training.workspace import Workspace, check_inputs
@@ -54,72 +56,131 @@ def run_phase(phase: Phase, workspace: Workspace, resume: str | os.PathLike[str]
     Raises:
         InterruptedAndSavedError: SIGTERM came or the run's time is up; a checkpoint was saved
             first.
-        DivergedError: too many steps in a row were not finite.
+        DivergedError: too many steps in a row were not finite, twice from the same checkpoint.
         CheckpointError: a checkpoint cannot be read, or the run folder not written.
     """
     root = workspace.checkpoints(phase.name)
     ranks = workspace.ranks
     # One rank verifies the files; each reads them.
-    found = ranks.gather(resolve_resume(root, resume) if ranks.writes else None)[0]
-    start = _restore(phase, load_checkpoint(found)) if found else 0
-    config = workspace.config
+    found = resolve_resume(root, resume) if ranks.writes else None
+    found = ranks.shared_path(found)
+    checkpoint = load_checkpoint(found) if found else None
+    start = checkpoint.step if checkpoint else 0
+    config, device = workspace.config, workspace.device
     progress = Progress(
         workspace.root, phase.name, start, phase.steps, config.log_every, ranks.writes
     )
-    device = workspace.device
     try:
         if found:
             progress.say(f"{phase.name}: resumed from {found}")
         # Dropout draws from torch's global generators, which are the caller's.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            _loop(phase, workspace, start, progress)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            # One rank alone must not leave what all do together.
+            StopRequest(cuts=ranks.size == 1) as stop,
+        ):
+            _Loop(phase, workspace, progress, stop).run(checkpoint)
     finally:
         progress.close()
 
 
-def _loop(phase: Phase, workspace: Workspace, start: int, progress: Progress) -> None:
-    if start == 0:
-        phase.validate(0, progress)
-    with StopRequest() as stop:
-        for step in range(start, phase.steps):
-            values = phase.update(step)
-            progress.advance(step, phase.batch_size, values)
-            done = step + 1
-            if done % phase.validate_every == 0 or done == phase.steps:
-                phase.validate(done, progress)
-            # Asked once: what is not saved must not be called so.
-            time_is_up, terminated = workspace.ranks.any(workspace.limit.reached(), stop.requested)
-            stopping = time_is_up or terminated
-            if done % phase.save_every == 0 or done == phase.steps or stopping:
-                _save(phase, workspace, done)
-            # After the last step too: the next phase must not start. A restart finds it done.
-            if stopping:
-                cause = "SIGTERM" if terminated else workspace.limit
-                raise InterruptedAndSavedError(
-                    f"stopped by {cause} after {done} of {phase.steps} steps of {phase.name}; "
-                    "saved; the same command continues"
-                )
+class _Loop:
+    """The steps of one phase, from a checkpoint or from the first one."""
 
+    def __init__(
+        self, phase: Phase, workspace: Workspace, progress: Progress, stop: StopRequest
+    ) -> None:
+        self.phase, self.workspace, self.progress, self.stop = phase, workspace, progress, stop
+        self.last: Path | None = None
+        """The newest checkpoint of this past, and the one that was gone back to last."""
+        self.gone_back_to: Path | None = None
 
-def _save(phase: Phase, workspace: Workspace, step: int) -> None:
-    if workspace.ranks.writes:
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        step = self._restore(checkpoint) if checkpoint else 0
+        if checkpoint is None:
+            with self.stop.cutting():
+                self.phase.validate(0, self.progress)
+        while step < self.phase.steps:
+            try:
+                self._make(step)
+                step += 1
+            except DivergedError as error:
+                step = self._go_back(step, error)
+
+    def _make(self, step: int) -> None:
+        """One step, and what is due after it."""
+        phase, workspace = self.phase, self.workspace
+        values = phase.update(step)
+        self.progress.advance(step, phase.batch_size, values)
+        done, last = step + 1, step + 1 == phase.steps
+        due = done % phase.validate_every == 0 or last
+        validated = not due or self._validated(done)
+        # Asked once: what is not saved must not be called so.
+        time_is_up, terminated = workspace.ranks.any(workspace.limit.reached(), self.stop.requested)
+        stopping = time_is_up or terminated
+        if done % phase.save_every == 0 or last or stopping:
+            self._save(done, validated)
+        # After the last step too: the next phase must not start. A restart finds it done.
+        if stopping:
+            cause = "SIGTERM" if terminated else workspace.limit
+            raise InterruptedAndSavedError(
+                f"stopped by {cause} after {done} of {phase.steps} steps of {phase.name}; "
+                "saved; the same command continues"
+            )
+
+    def _validated(self, step: int) -> bool:
+        """Whether a validation came to its end: SIGTERM does not wait for it."""
+        try:
+            with self.stop.cutting():
+                self.phase.validate(step, self.progress)
+        except InterruptedAndSavedError:
+            return False
+        return True
+
+    def _save(self, step: int, validated: bool) -> None:
+        phase, workspace = self.phase, self.workspace
         tensors, state = phase.state()
-        state |= {"phase": phase.name, "inputs": phase.inputs}
         root = workspace.checkpoints(phase.name)
-        save_checkpoint(root, step, tensors, state, to_toml(workspace.config))
-    workspace.ranks.wait()
+        for name, group in tensors.items():
+            if problems := finite_problems(group):
+                raise DivergedError(f"{phase.name}, step {step}, {name}: {problems[0]}")
+        state |= {"phase": phase.name, "inputs": phase.inputs, "validated": validated}
+        saved = None
+        if workspace.ranks.writes:
+            saved = save_checkpoint(
+                root, step, tensors, state, to_toml(workspace.config), require_finite=False
+            )
+        self.last = workspace.ranks.shared_path(saved)
 
+    def _go_back(self, step: int, error: DivergedError) -> int:
+        """Restore the last checkpoint once: a fault of the machine is not met again."""
+        if self.last is None or self.last == self.gone_back_to:
+            again = "" if self.last is None else f", again after going back to {self.last}"
+            raise DivergedError(
+                f"{error}{again}; what was saved before is intact. Lower the learning rate or "
+                "set a gradient clip, then run again"
+            ) from error
+        self.gone_back_to = self.last
+        checkpoint = load_checkpoint(self.last)
+        self.progress.go_back(step, checkpoint.step)
+        self.progress.say(f"{self.phase.name}: {error}; back to {self.last}")
+        return self._restore(checkpoint)
 
-def _restore(phase: Phase, checkpoint: Checkpoint) -> int:
-    found = checkpoint.state.get("phase")
-    if found != phase.name:
-        raise CheckpointError(
-            f"{checkpoint.path}: is a checkpoint of phase {found!r}, expected {phase.name!r}; "
-            f"pass --phase {found}, or a checkpoint of {phase.name}"
-        )
-    check_inputs(checkpoint.path, checkpoint.state.get("inputs"), phase.inputs)
-    phase.restore(checkpoint)
-    return checkpoint.step
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        phase, state = self.phase, checkpoint.state
+        found = state.get("phase")
+        if found != phase.name:
+            raise CheckpointError(
+                f"{checkpoint.path}: is a checkpoint of phase {found!r}, expected "
+                f"{phase.name!r}; pass --phase {found}, or a checkpoint of {phase.name}"
+            )
+        check_inputs(checkpoint.path, state.get("inputs"), phase.inputs)
+        phase.restore(checkpoint)
+        self.last = checkpoint.path
+        if not state.get("validated", True):
+            with self.stop.cutting():
+                phase.validate(checkpoint.step, self.progress)
+        return checkpoint.step
 
 
 def reseed_dropout(seed: int, step: int, micro_batch: int) -> None:

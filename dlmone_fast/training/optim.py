@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +60,20 @@ class Ema:
 
 
 class UpdateGuard:
-    """Applies gradients only where loss and gradients are finite, and stops a diverged run.
+    """Applies gradients only where loss, gradients and weights are finite.
 
     A step that is not finite changes no parameter and no optimiser state; it is counted, and
-    after `limit` in a row of one network DivergedError ends the run with its last checkpoint
-    intact.
+    after `limit` in a row of one network DivergedError is raised.
+
+    Args:
+        limit: how many in a row are too many.
+        watched: every weight that a loss depends on, of the other networks too. Behind a tanh or
+            a clamp an infinite one gives a finite loss and finite gradients.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, watched: Iterable[Tensor] = ()) -> None:
         self.limit = limit
+        self.watched = list(watched)
         self.skipped = 0
         # By network: good steps of ψ must not hide that every step of θ fails.
         self.in_a_row: dict[str, int] = {}
@@ -83,7 +89,10 @@ class UpdateGuard:
         """One optimiser step; the gradient norm before clipping, or None for a skipped step."""
         parameters = list(_parameters(optimizer))
         norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if self.watched:
+            finite &= torch.isfinite(torch.nn.utils.get_total_norm(self.watched)).to(finite.device)
+        if not bool(finite):
             optimizer.zero_grad(set_to_none=True)
             self._count(what)
             return None
@@ -96,14 +105,21 @@ class UpdateGuard:
         self.in_a_row[what] = 0
         return float(norm)
 
+    def state(self) -> dict[str, Any]:
+        """The counts, for a checkpoint: a run that fails for good ends however often it resumes."""
+        return {"skipped": self.skipped, "bad_in_a_row": dict(self.in_a_row)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue the counts of `state`."""
+        self.skipped = state["skipped"]
+        self.in_a_row = dict(state.get("bad_in_a_row", {}))
+
     def _count(self, what: str) -> None:
         self.skipped += 1
         self.in_a_row[what] = self.in_a_row.get(what, 0) + 1
         if self.in_a_row[what] >= self.limit:
             raise DivergedError(
-                f"{what}: loss or gradient was not finite {self.limit} steps in a row; the "
-                "parameters are those of the last good step and the last checkpoint is intact. "
-                "Lower the learning rate or set a gradient clip, then run again"
+                f"{what}: loss, gradient or weights were not finite {self.limit} steps in a row"
             )
 
 

@@ -81,8 +81,7 @@ class PairsPhase:
         self.vocabulary = Vocabulary(teacher.embedding.detach())
         seed, sizes = pairs_seed(workspace.config), teacher.config
         rows, samples = chosen_pairs(self.cache, seed, c.count, c.per_source)
-        dtype = torch.uint16 if sizes.vocab_size <= _LARGEST_UINT16 + 1 else torch.int32
-        ids = torch.zeros(c.count, sizes.seq_len, dtype=dtype)
+        ids = torch.zeros(c.count, sizes.seq_len, dtype=_id_type(sizes.vocab_size))
         self.pairs = Pairs(seed, torch.from_numpy(rows), torch.from_numpy(samples), ids)
         self.made = 0
 
@@ -142,7 +141,7 @@ class PairsPhase:
         return {"pairs": tensors}, {"made_with": _settings(self.workspace.config)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        found = _checked(checkpoint, self.workspace.config)
+        found = _checked(checkpoint, self.workspace)
         self.made = len(found)
         self.pairs.ids[: self.made] = found.ids
 
@@ -151,7 +150,7 @@ def load_pairs(workspace: Workspace) -> tuple[Pairs, str]:
     """The pairs of a run whose phase `pairs` is finished, and the hash of their file."""
     path = workspace.newest("pairs")
     assert path is not None
-    return _checked(load_checkpoint(path), workspace.config), hash_file(path / "pairs.safetensors")
+    return _checked(load_checkpoint(path), workspace), hash_file(path / "pairs.safetensors")
 
 
 def pairs_seed(config: Config) -> int:
@@ -183,13 +182,35 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _checked(checkpoint: Checkpoint, config: Config) -> Pairs:
+def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
+    config = workspace.config
     expected, found = _settings(config), checkpoint.state.get("made_with")
     if found != expected:
         raise CheckpointError(
-            f"{checkpoint.path}: its pairs were made with {found}, this run has {expected}; name "
-            "the same seed, data.both_directions and distill.pairs, or start over with --resume "
-            "never"
+            f"{checkpoint.path}: its pairs were made with {found!r:.400}, this run has {expected}; "
+            "name the same seed, data.both_directions and distill.pairs, or start over with "
+            "--resume never"
         )
-    tensors = checkpoint.tensors["pairs"]
+    c, sizes = config.distill.pairs, config.model
+    made = min(checkpoint.step * c.batch_size, c.count)
+    tensors = checkpoint.group(
+        "pairs",
+        {
+            "rows": torch.empty(made, dtype=torch.int32),
+            "samples": torch.empty(made, dtype=torch.int32),
+            "ids": torch.empty(made, sizes.seq_len, dtype=_id_type(sizes.vocab_size)),
+        },
+    )
+    limits = {"rows": len(workspace.cache("train")), "samples": 1 << 31, "ids": sizes.vocab_size}
+    for name, limit in limits.items():
+        values = tensors[name].long()
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
+            raise CheckpointError(
+                f"{checkpoint.path / 'pairs.safetensors'}: {name} must lie in 0 … {limit - 1}; "
+                "start over with --resume never"
+            )
     return Pairs(pairs_seed(config), tensors["rows"], tensors["samples"], tensors["ids"])
+
+
+def _id_type(vocab_size: int) -> torch.dtype:
+    return torch.uint16 if vocab_size <= _LARGEST_UINT16 + 1 else torch.int32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import ModelFolder, load_folder
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
+from dlmone_fast.training.lock import only_training_in
 from dlmone_fast.training.loop import run_phase
 from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
 from dlmone_fast.training.publish import publish
@@ -60,18 +63,22 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         teacher: a model folder; empty: the run's own teacher, which must be trained.
         resume: as for `train_teacher`; "never" keeps the run's own teacher.
     """
-    with open_ranks(config.device, config.rank_minutes) as ranks:
-        workspace, folder = _open_with_teacher(config, teacher, "auto", None, ranks)
-        phases = _after_the_teacher(workspace.config)
-        _check_pairs_are_read(workspace.config)
-        if resume == "never":
-            for phase in phases:
-                workspace.clear(phase)
+    with _alone_in_the_folder(config) as ranks:
+        return _distill_in_two_stages(config, teacher, resume, ranks)
+
+
+def _distill_in_two_stages(config: Config, teacher: StrPath, resume: StrPath, ranks: Ranks) -> Path:
+    workspace, folder = _open_with_teacher(config, teacher, "auto", None, ranks)
+    phases = _after_the_teacher(workspace.config)
+    _check_pairs_are_read(workspace.config)
+    if resume == "never":
         for phase in phases:
-            unfinished = not workspace.finished(phase)
-            _distill(workspace, phase, folder, resume)
-            # A given checkpoint belongs to the first unfinished phase.
-            resume = "auto" if unfinished else resume
+            workspace.clear(phase)
+    for phase in phases:
+        unfinished = not workspace.finished(phase)
+        _distill(workspace, phase, folder, resume)
+        # A given checkpoint belongs to the first unfinished phase.
+        resume = "auto" if unfinished else resume
     return workspace.model("stage2")
 
 
@@ -92,7 +99,7 @@ def run(
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
 
     Raises:
-        UsageError: arguments that contradict each other.
+        UsageError: arguments that contradict each other, or another training in the run folder.
         DataError: data files are missing or malformed.
         DlmOneError: whatever stops a phase; see `training.loop.run_phase`.
     """
@@ -108,11 +115,21 @@ def run(
         _check_test_split(config)
     if phase == "all":
         _check_pairs_are_read(config)
-    with open_ranks(config.device, config.rank_minutes) as ranks:
-        return _run(config, phase, teacher, resume, started, ranks)
+    with _alone_in_the_folder(config) as ranks:
+        return _run_phases(config, phase, teacher, resume, started, ranks)
 
 
-def _run(
+@contextmanager
+def _alone_in_the_folder(config: Config) -> Iterator[Ranks]:
+    """The run's processes, while no other training is in its folder."""
+    with (
+        open_ranks(config.device, config.rank_minutes) as ranks,
+        only_training_in(run_folder(config)) if ranks.writes else nullcontext(),
+    ):
+        yield ranks
+
+
+def _run_phases(
     config: Config,
     phase: str,
     teacher: StrPath,

@@ -21,7 +21,8 @@ class Progress:
     """Progress of one phase.
 
     Each record is one line of `metrics.jsonl`: phase, step, and what was measured. After a
-    resume from a checkpoint the steps since then are logged again; the last line of a step holds.
+    resume from a checkpoint, or going back to one, the steps since then are logged again; the last
+    line of a step holds.
     A record that cannot be written raises CheckpointError.
 
     Args:
@@ -71,6 +72,14 @@ class Progress:
         self._bar.set_postfix_str(f"{shown}, {rate:.0f} samples/s")
         self.record(step + 1, {**self._latest, "samples_per_second": rate, **cost})
         self._latest = {}
+
+    def go_back(self, step: int, to: int) -> None:
+        """Note that the steps between two are made again."""
+        self.record(step, {**self._latest, "gone_back_to": to})
+        self._latest = {}
+        self._step = to
+        self._bar.n = to
+        self._bar.refresh()
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one record of metrics.jsonl, and its numbers to TensorBoard."""

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -112,6 +113,11 @@ class Ranks:
             return [part]
         content = torch.frombuffer(bytearray(json.dumps(part).encode()), dtype=torch.uint8)
         return [json.loads(bytes(found.numpy())) for found in self._gathered(content)]
+
+    def shared_path(self, path: Path | None) -> Path | None:
+        """The first rank's path, or None."""
+        found = self.gather(None if path is None else str(path))[0]
+        return None if found is None else Path(found)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all ranks' CPU tensors [n_rank, ...], in order of ranks."""
@@ -214,6 +220,11 @@ def _summed(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
     return work.get_future().then(lambda future: future.value()[0])
 
 
+def of_several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextlib.contextmanager
 def open_ranks(device: str, minutes: float) -> Iterator[Ranks]:
     """The run's processes, joined; a process that torchrun did not start is alone.
@@ -230,7 +241,7 @@ def open_ranks(device: str, minutes: float) -> Iterator[Ranks]:
         # A program's own processes, or a call within another.
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not of_several():
         yield Ranks()
         return
     missing = [name for name in _TORCHRUN if name not in os.environ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 from types import FrameType, TracebackType
 
@@ -58,15 +60,25 @@ class TimeLimit:
         return f"--max-minutes {self.minutes:g}"
 
 
+class _CutOffError(BaseException):
+    """Raised by the signal; no `except Exception` on the way keeps it."""
+
+
 class StopRequest:
     """Context in which SIGTERM sets `requested` instead of ending the process.
 
-    The training loop reads it between steps. Outside the main thread signals cannot be
-    received; then it never becomes true.
+    The training loop reads it between steps; what need not be finished runs within `cutting`. The
+    second signal ends the process. Outside the main thread signals cannot be received; then
+    nothing is ever requested.
+
+    Args:
+        cuts: False: `cutting` changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cuts: bool = True) -> None:
         self.requested = False
+        self._may_cut = cuts
+        self._cuts = False
         self._before: signal._HANDLER = None
 
     def __enter__(self) -> StopRequest:
@@ -83,6 +95,27 @@ class StopRequest:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
+    @contextmanager
+    def cutting(self) -> Iterator[None]:
+        """Context that the signal ends at once, for what can be made again or is saved anyway.
+
+        Raises:
+            InterruptedAndSavedError: SIGTERM came in it, or before.
+        """
+        try:
+            self._cuts = self._may_cut
+            if self.requested and self._cuts:
+                raise _CutOffError
+            yield
+        except _CutOffError:
+            raise InterruptedAndSavedError(
+                "stopped by SIGTERM; all finished steps are saved; the same command continues"
+            ) from None
+        finally:
+            self._cuts = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._cuts:
+            raise _CutOffError

@@ -116,7 +116,9 @@ class Stage:
         all_used &= config.score_adversarial_weight > 0
         self.shared_score = self.ranks.loss_of(self.score, all_used)
         self.ema = Ema(self.generator, config.ema_decay, config.ema_warmup)
-        self.guard = UpdateGuard(workspace.config.max_bad_steps)
+        networks = (self.generator, self.score, teacher)
+        watched = [weight for network in networks for weight in network.parameters()]
+        self.guard = UpdateGuard(workspace.config.max_bad_steps, watched)
         self.accuracy = DiscriminatorAccuracy(self.schedule.num_timesteps)
         self.cache = workspace.cache("train")
         streams = (Stream.BATCH_FAKE, Stream.BATCH_REAL, Stream.DATA_ORDER)

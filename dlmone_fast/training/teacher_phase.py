@@ -51,7 +51,7 @@ class TeacherPhase:
         c = self.config
         self.optimizer = adamw(self.lm, c.learning_rate, c.beta1, c.beta2, c.weight_decay)
         self.ema = Ema(self.lm, c.ema_decay, c.ema_warmup)
-        self.guard = UpdateGuard(workspace.config.max_bad_steps)
+        self.guard = UpdateGuard(workspace.config.max_bad_steps, self.lm.parameters())
         self.timesteps = _timesteps(workspace.config, self.schedule)
         self.cache = workspace.cache("train")
         self.stream = BatchStream(self.cache, self.seed, c.batch_size)
@@ -153,18 +153,31 @@ class TeacherPhase:
         tensors["optimizer"] = moments
         if self.timesteps.state():
             tensors["timesteps"] = self.timesteps.state()
-        return tensors, {"optimizer": optimizer, "skipped": self.guard.skipped}
+        return tensors, {"optimizer": optimizer, **self.guard.state()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        tensors, state = checkpoint.tensors, checkpoint.state
-        parameters = dict(self.lm.named_parameters())
-        restore_optimizer(self.optimizer, parameters, tensors["optimizer"], state["optimizer"])
-        self.lm.load_state_dict(tensors["model"])
+        weights = checkpoint.group("model", self.lm.state_dict())
+        average = checkpoint.group("ema", self.ema.values)
+        timesteps = checkpoint.group("timesteps", self.timesteps.state())
+        counts = guard_counts(checkpoint)
+        restore_optimizer(
+            self.optimizer,
+            dict(self.lm.named_parameters()),
+            checkpoint.tensors.get("optimizer", {}),
+            checkpoint.value("optimizer", dict),
+            checkpoint.path / "optimizer.safetensors",
+        )
+        self.lm.load_state_dict(weights)
         for name, value in self.ema.values.items():
-            value.copy_(tensors["ema"][name])
-        if "timesteps" in tensors:
-            self.timesteps.restore(tensors["timesteps"])
-        self.guard.skipped = state["skipped"]
+            value.copy_(average[name])
+        self.timesteps.restore(timesteps)
+        self.guard.restore(counts)
+
+
+def guard_counts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `UpdateGuard.restore` reads, checked."""
+    in_a_row = checkpoint.value("bad_in_a_row", dict, default={})
+    return {"skipped": checkpoint.value("skipped", int), "bad_in_a_row": in_a_row}
 
 
 def new_network(workspace: Workspace) -> DiffusionLM:

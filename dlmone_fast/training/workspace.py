@@ -8,6 +8,7 @@ RUN/checkpoints/PHASE/   training checkpoints of teacher, pairs, stage1, stage2;
                          pairs is what that phase ends with
 RUN/teacher/ RUN/stage1/ RUN/stage2/    model folders
 RUN/metrics.jsonl
+RUN/.lock                held while a training runs here, with its process id
 """
 
 from __future__ import annotations

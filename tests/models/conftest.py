@@ -1,4 +1,4 @@
-"""Faults for the file tests: damage of six kinds, and a process killed at its nth system call."""
+"""Faults for the file tests: damaged copies, and a process killed at its nth system call."""
 
 from __future__ import annotations
 
@@ -10,59 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-DAMAGES = ("flip", "truncate", "delete", "append", "zero", "swap")
-
-
-def _flip(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def _truncate(path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.randrange(path.stat().st_size))
-
-
-def _delete(path: Path, rng: random.Random) -> None:
-    path.unlink()
-
-
-def _append(path: Path, rng: random.Random) -> None:
-    with path.open("ab") as stream:
-        stream.write(rng.choice([b"\0", b"\n", b" ", rng.randbytes(64)]))
-
-
-def _zero(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    start = rng.randrange(len(content))
-    end = min(len(content), start + 256)
-    if not any(content[start:end]):
-        start, end = 0, len(content)
-    content[start:end] = bytes(end - start)
-    path.write_bytes(content)
-
-
-def _swap(path: Path, rng: random.Random) -> None:
-    """Exchange two different parts of the file."""
-    content = path.read_bytes()
-    half = len(content) // 2
-    swapped = content[half:] + content[:half]
-    path.write_bytes(swapped if swapped != content else content[::-1])
-
-
-def damage(path: Path, kind: str, rng: random.Random) -> None:
-    """Damage one file; its content is different afterwards."""
-    before = path.read_bytes()
-    {
-        "flip": _flip,
-        "truncate": _truncate,
-        "delete": _delete,
-        "append": _append,
-        "zero": _zero,
-        "swap": _swap,
-    }[kind](path, rng)
-    assert not path.exists() or path.read_bytes() != before
+from damage import DAMAGES, damage
 
 
 @pytest.fixture

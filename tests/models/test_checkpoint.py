@@ -171,6 +171,21 @@ def test_every_damage_is_an_error_that_names_the_file_and_resume_goes_back(
         assert resolve_resume(copy.parent, "auto") == copy.parent / "step-00000001"
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1)
+    read = module.read_tensors
+
+    def replaced_first(*arguments: Any) -> dict[str, Tensor]:
+        save_checkpoint(tmp_path, 1, tensors_of(5), {}, "")
+        return read(*arguments)
+
+    monkeypatch.setattr(module, "read_tensors", replaced_first)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        load_checkpoint(path)
+
+
 def test_auto_skips_a_damaged_checkpoint_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

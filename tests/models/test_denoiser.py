@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from dlmone_fast import load_teacher
-from dlmone_fast.errors import UsageError
+from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import load_folder
 
@@ -92,6 +92,19 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path):
     for device in ("mps", "meta", "cuda:999"):
         with pytest.raises(UsageError, match="device"):
             load_teacher(folder, device)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("model", "norm"), ("model", "num_heads"), ("model", "normalize_embedding"),
+     ("diffusion", "schedule"), ("diffusion", "num_timesteps")],
+)  # fmt: skip
+def test_no_default_stands_for_what_a_folder_lacks(tmp_path: Path, section: str, key: str) -> None:
+    folder = load_folder(tiny.save(tmp_path / "model"))
+    values = {name: value for name, value in folder.config[section].items() if name != key}
+    lacking = replace(folder, config={**folder.config, section: values})
+    with pytest.raises(ModelFileError, match=rf"config\.json: {section} lacks {key}; copy"):
+        denoiser_from_folder(lacking)
 
 
 def test_a_folder_from_before_self_conditioning_loads(tmp_path: Path, x) -> None:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from dlmone_fast.errors import ModelFileError, UsageError
-from dlmone_fast.models.folder import check_tensors, load_folder, save_folder
+from dlmone_fast.models import folder as module
+from dlmone_fast.models.folder import check_tensors, copy_folder, load_folder, save_folder
 from dlmone_fast.models.manifest import write_manifest
 
 CONFIG: dict[str, Any] = {"kind": "student", "model": {"seq_len": 16}, "diffusion": {}}
@@ -91,6 +92,57 @@ def test_every_damage_is_an_error_that_names_the_file(
         blamed = re.escape(str(copy)) if name == "manifest.json" else re.escape(name)
         with pytest.raises(ModelFileError, match=blamed):
             load_folder(copy)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = module.read_tensors
+
+    def replaced_first(*arguments: Any) -> dict[str, torch.Tensor]:
+        # Same names and shapes: nothing but the manifest tells the two apart.
+        other = {name: tensor + 1 for name, tensor in weights().items()}
+        save_folder(folder, config=CONFIG, tensors=other)
+        return read(*arguments)
+
+    monkeypatch.setattr(module, "read_tensors", replaced_first)
+    with pytest.raises(ModelFileError, match="was changed while it was read; load it again"):
+        load_folder(folder)
+
+
+def test_a_file_read_later_is_what_was_verified(folder: Path) -> None:
+    loaded = load_folder(folder)
+    (folder / "training_summary.json").write_text('{"bleu": 1.0}')
+    write_manifest(folder)
+    with pytest.raises(ModelFileError, match=r"training_summary\.json: was changed after"):
+        loaded.read_json("training_summary.json")
+
+
+def test_a_copy_is_what_was_loaded(folder: Path, tmp_path: Path) -> None:
+    loaded = load_folder(folder)
+    copied = copy_folder(loaded, tmp_path / "copy")
+    assert load_folder(copied).files == loaded.files
+    save_folder(folder, config=CONFIG, tensors={"other": torch.zeros(3)}, card="# Card\n")
+    with pytest.raises(ModelFileError, match=r"is not what was loaded|file is missing"):
+        copy_folder(loaded, copied)
+    assert load_folder(copied).files == loaded.files
+
+
+def test_weights_of_a_dtype_that_is_never_stored_are_refused(folder: Path) -> None:
+    tensors = {**weights(), "tokens.bias": torch.zeros(6, dtype=torch.float8_e4m3fn)}
+    save_file(tensors, folder / "model.safetensors")
+    write_manifest(folder)
+    with pytest.raises(ModelFileError, match=r"'tokens\.bias' is float8_e4m3fn"):
+        load_folder(folder)
+
+
+def test_a_message_names_no_endless_names(folder: Path) -> None:
+    names = [letter * 50_000 for letter in "abcde"]
+    save_file({name: torch.zeros(1) for name in names}, folder / "model.safetensors")
+    write_manifest(folder)
+    with pytest.raises(ModelFileError, match="5 tensors unexpected: aaaa") as caught:
+        check_tensors(expected(), load_folder(folder).tensors, "here")
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_file_that_is_not_listed_is_not_read(folder: Path) -> None:

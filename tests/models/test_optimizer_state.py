@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ def retype(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     tensors["2.weight/exp_avg_sq"] = tensors["2.weight/exp_avg_sq"].double()
 
 
+def halve_counter(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    # It would stop counting at 2048.
+    tensors["2.bias/step"] = tensors["2.bias/step"].half()
+
+
 def rename_class(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state["class"] = "SGD"
 
@@ -115,6 +120,14 @@ def drop_option(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     del state["groups"][0]["weight_decay"]
 
 
+def set_option(name: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    return lambda tensors, state: state["groups"][0].update({name: value})
+
+
+def one_key(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    state["keys"]["0.weight"] = 3
+
+
 def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state.clear()
 
@@ -126,11 +139,17 @@ def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         (add_moment, r"unexpected: 9\.weight/exp_avg"),
         (misshape, r"2\.weight/exp_avg_sq is \[8, 2\]"),
         (retype, r"2\.weight/exp_avg_sq is .*float64"),
+        (halve_counter, r"2\.bias/step is \[\] torch\.float16, expected \[\] torch\.float32"),
         (rename_class, "'SGD'"),
         (reorder, "group 0"),
         (drop_group, "1 parameter groups"),
         (drop_option, "weight_decay"),
-        (empty, "must hold keys and groups"),
+        (set_option("lr", "high"), "lr of group 0 must be like .*, got 'high'"),
+        (set_option("betas", [0.9]), r"betas of group 0 must be like \(0\.\d+, .*got \[0\.9\]"),
+        (set_option("eps", 10**400), "eps of group 0 must be like"),
+        (set_option("maximize", 0), "maximize of group 0 must be like False, got 0"),
+        (one_key, "a list of keys for each parameter"),
+        (empty, "must hold groups and a list of keys"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change: Any, message: str) -> None:

@@ -76,6 +76,24 @@ def test_calls_beyond_the_bound_are_refused_at_once_and_served_later():
         pass
 
 
+def test_a_full_queue_refuses_a_batch_without_reading_it():
+    class Unread(list):
+        def __len__(self) -> int:
+            raise AssertionError("it was read")
+
+        __iter__ = __getitem__ = __len__  # type: ignore[assignment]
+
+    generator = tiny.generator(max_queued=0)
+    with generator._executor.pool.call():
+        for call in ({}, {"seed": Unread()}):
+            with pytest.raises(QueueFullError):
+                generator.generate(Unread(), **call)
+        with pytest.raises(QueueFullError):
+            generator.generate_candidates(Unread(), seeds=Unread())
+    with pytest.raises(AssertionError, match="it was read"):
+        generator.generate(Unread())
+
+
 def test_a_runner_that_cannot_be_made_leaves_room_for_the_next_try():
     engine = CountingEngine()
     pool = RunnerPool(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,10 @@ import tiny
 import dlmone_fast
 from dlmone_fast.data import layout
 from dlmone_fast.errors import ModelFileError, UsageError
-from dlmone_fast.runtime import Generator, hub
+from dlmone_fast.models.folder import load_folder
+from dlmone_fast.models.manifest import write_manifest
+from dlmone_fast.runtime import Generator, hub, loading
+from dlmone_fast.tokenizer import Tokenizer
 
 
 def test_a_saved_model_is_the_same_model(tmp_path: Path):
@@ -101,3 +105,51 @@ def test_pairs_are_cut_as_the_training_layout_cuts_them(
     assert trg == expected[mask.index(1) :][: len(trg)]
     found = model.generate_candidates(["ignored"], seeds=[0], encoded=[src])
     assert len(found.token_ids[0][0]) == sum(mask)
+
+
+@pytest.mark.parametrize("missing", ["t_init", "scale_latent"])
+def test_no_default_stands_for_what_a_student_was_trained_with(tmp_path: Path, missing: str):
+    folder = tiny.save(tmp_path / "a")
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    del settings[missing]
+    path.write_text(json.dumps(settings))
+    write_manifest(folder)
+    with pytest.raises(ModelFileError, match=rf"generation_config\.json: .* must hold {missing};"):
+        dlmone_fast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eta": "0"}, "eta must be a number from 0 to 1, got '0'"),
+        ({"eta": 2}, "eta must be a number from 0 to 1, got 2"),
+        ({"t_init": 40}, "t_init must be at most 39"),
+        ({"steps": 10**400}, "steps must be a whole number"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(
+    tmp_path: Path, change: dict[str, object], message: str
+):
+    folder = tiny.save(tmp_path / "a")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    write_manifest(folder)
+    with pytest.raises(ModelFileError, match=rf"generation_config\.json: {message}"):
+        dlmone_fast.from_pretrained(folder)
+
+
+def test_a_tokenizer_that_changes_behind_the_manifest_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tiny.save(tmp_path / "a")
+    other = Tokenizer.from_words(reversed(tiny.WORDS)).to_json()
+
+    def changed_after(path: Path) -> object:
+        loaded = load_folder(path)
+        (folder / "tokenizer.json").write_text(other)
+        return loaded
+
+    monkeypatch.setattr(loading, "load_folder", changed_after)
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: was changed while it was read"):
+        dlmone_fast.from_pretrained(folder)

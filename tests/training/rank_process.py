@@ -45,11 +45,6 @@ def whole(folder: Path) -> None:
     run(config(folder))
 
 
-def teacher(folder: Path) -> None:
-    """The teacher alone."""
-    run(config(folder), "teacher")
-
-
 def not_finite(folder: Path) -> None:
     """In one step of teacher and stage 1 the losses of the second rank are not finite."""
     terms, losses = TeacherPhase.terms, Stage._score_losses

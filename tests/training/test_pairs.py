@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from resealing import edit_tensors
 
 from dlmone_fast.config import Config, to_toml
 from dlmone_fast.data.batches import batch
@@ -81,6 +83,31 @@ def test_rows_come_in_a_seeded_order_each_with_its_own_noises(whole: Workspace) 
         draw = (int(pairs.rows[index]), int(pairs.samples[index]))
         assert torch.equal(of_pair, normal(pairs.seed, Stream.PAIR_LATENT, *draw, 28, 16)[0])
     assert not torch.equal(z[0], z[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("samples"), "1 tensor missing: samples"),
+        (
+            lambda t: t.update(rows=t["rows"][:5]),
+            r"rows \(expected \[14\] int32, found \[5\]",
+        ),
+        (lambda t: t.update(ids=t["ids"].int()), r"ids \(expected \[14, 28\] uint16, found"),
+        (lambda t: t["rows"].fill_(300), r"rows must lie in 0 … 299"),
+        (lambda t: t["ids"].fill_(199), r"ids must lie in 0 … 198"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_named(
+    whole: Workspace, tmp_path: Path, change: Callable[..., Any], message: str
+) -> None:
+    path = whole.newest("pairs")
+    assert path is not None
+    copied = replace(whole, root=tmp_path)
+    folder = shutil.copytree(path, copied.checkpoints("pairs") / path.name)
+    edit_tensors(folder / "pairs.safetensors", change)
+    with pytest.raises(CheckpointError, match=message):
+        load_pairs(copied)
 
 
 def test_a_second_epoch_brings_new_noises_of_the_same_rows(

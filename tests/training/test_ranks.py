@@ -91,16 +91,6 @@ def test_two_ranks_train_what_one_does(one: Path, tmp_path: Path, weights: Weigh
         assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5, phase
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(
-    one: Path, tmp_path: Path, weights: Weights
-) -> None:
-    folder = tmp_path / "run"
-    assert [code for code, _ in start("teacher", folder, 3)] == [0, 0, 0]
-    assert [code for code, _ in start("whole", folder, 1)] == [0]
-    a, b = weights(one / "stage2"), weights(folder / "stage2")
-    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
-
-
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert [code for code, _ in start("not_finite", folder, 2)] == [0, 0]
@@ -123,11 +113,17 @@ def test_a_rank_that_dies_ends_the_others_with_a_reason(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "run" / "checkpoints" / "teacher")[-1][0] == 2
 
 
-def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
-    ended = start("terminated", tmp_path / "run", 2)
+def test_sigterm_to_one_rank_saves_and_ends_all_and_another_number_of_ranks_goes_on(
+    one: Path, tmp_path: Path, weights: Weights
+) -> None:
+    folder = tmp_path / "run"
+    ended = start("terminated", folder, 2)
     assert [code for code, _ in ended] == [EXIT_INTERRUPTED_SAVED] * 2
     assert "after 4 of 7 steps of teacher; saved" in ended[0][1]
-    assert list_checkpoints(tmp_path / "run" / "checkpoints" / "teacher")[-1][0] == 4
+    assert list_checkpoints(folder / "checkpoints" / "teacher")[-1][0] == 4
+    assert [code for code, _ in start("whole", folder, 3)] == [0, 0, 0]
+    a, b = weights(one / "stage2"), weights(folder / "stage2")
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused_by_all(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError, UsageError
 from dlmone_fast.models.denoiser import Denoiser
-from dlmone_fast.runtime.engines import openvino_model
+from dlmone_fast.runtime.engines import openvino_graph, openvino_model
 from dlmone_fast.runtime.engines.base import Engine, Runner
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class OpenVinoEngine(Engine):
         self._lock = threading.Lock()
         self._compiled: dict[int, Any] = {}
         self._openvino: Any = openvino_model.imported()
-        self._model: Any = openvino_model.converted(self.denoiser.lm.backbone)
+        backbone = self.denoiser.lm.backbone
+        self._model: Any = openvino_graph.model_of(self._openvino, backbone)
         if self.precision == "int8":
             self._model = self._calibrated(request)
-        weights = self.denoiser.lm.backbone.parameters()
-        self._small = sum(weight.nbytes for weight in weights) <= _SMALL
+        self._small = sum(weight.nbytes for weight in backbone.parameters()) <= _SMALL
 
     def runner(self) -> Runner:
         """A new runner."""

@@ -1,4 +1,4 @@
-"""From the backbone to an OpenVINO model, in memory, with nothing sent, written or printed."""
+"""OpenVINO and nncf, with nothing sent, written or printed."""
 
 from __future__ import annotations
 
@@ -6,63 +6,28 @@ import logging
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlmone_fast.config import ModelConfig
-from dlmone_fast.networks import Backbone
 
 # The noise's range is not the embeddings'. Left to int8, the input projection brings the agreement
 # with fp32 from 99.93 % of the tokens down to 99.79 %; the output projection makes no difference.
 _IN_FP32 = ".*input_projection.*"
 _TELEMETRY = "openvino_telemetry"
-# Tracing, quantising and hiding a module are changes to the whole process.
+# Quantising and hiding a module are changes to the whole process.
 _LOCK = threading.RLock()
 _cores: dict[int, Any] = {}
-
-
-class _Network(nn.Module):
-    """x̂0 [B, L, d] of x_t [B, L, d] and the time's vector [B, H], as a traceable module.
-
-    The time embedding stays outside: its frequencies do not survive 16 bits, and a step's vector
-    is the same for every call.
-    """
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, x_t: Tensor, t_vector: Tensor) -> Tensor:
-        return self.backbone.predict(self.backbone.encode(x_t, t_vector)[0])
-
-
-def converted(backbone: Backbone) -> Any:
-    """The backbone as an `openvino.Model` of any batch size; it shares the backbone's weights."""
-    config = backbone.config
-    weight = backbone.position.weight
-    # The trace holds for any sizes and takes a third of the time with small ones; a size of one
-    # could be taken for a constant.
-    length = min(3, config.seq_len)
-    x_t = weight.new_zeros(2, length, config.embedding_dim)
-    example = (x_t, weight.new_zeros(2, config.hidden_size))
-    with _alone(), warnings.catch_warnings():
-        # OpenVINO traces with torch.jit, which warns of its own age.
-        warnings.simplefilter("ignore")
-        import openvino
-
-        model = openvino.convert_model(_Network(backbone), example_input=example)
-    return with_rows(model, -1, config)
 
 
 def quantized(model: Any, x_t: Tensor, t_vector: Tensor) -> Any:
     """The model with int8 products, scaled by what its layers see on examples.
 
     Args:
-        model: an `openvino.Model` as `converted` makes it.
+        model: an `openvino.Model` as `openvino_graph.model_of` makes it.
         x_t: inputs [n, L, d] of real prompts.
         t_vector: their times' vectors [n, H].
     """

@@ -1,0 +1,113 @@
+"""The reliability campaign's page, `python -m benchmarks.reliability FIGURES`.
+
+FIGURES is what `pytest tests/reliability --figures FIGURES` wrote. Prints one table of figure,
+target and measurement, and puts it into docs/reliability.md, between its two marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+from dlmone_fast.cli import run_command
+from dlmone_fast.errors import DataError
+from dlmone_fast.evaluation.table import Table
+
+PAGE = records.ROOT / "docs" / "reliability.md"
+_BEGIN, _END = "<!-- figures: begin -->", "<!-- figures: end -->"
+# What the campaign is about; a number without a figure is said to be missing.
+SUBJECTS = {
+    "R1": "training killed at random moments",
+    "R2": "killed inside a save",
+    "R3": "damaged checkpoints and model folders",
+    "R4": "disk full, read-only, permission denied",
+    "R5": "signals",
+    "R6": "values that are not finite",
+    "R7": "the same run twice",
+    "R8": "golden losses",
+    "R9": "answers in any company",
+    "R10": "threads",
+    "R11": "hostile prompts",
+    "R12": "special tokens in text",
+    "R14": "fuzzed files",
+    "R15": "native code",
+    "R16": "compute-sanitizer",
+    "R17": "poisoned GPU buffers",
+    "R18": "soak",
+    "R19": "load and unload",
+    "R20": "GPU out of memory",
+    "R21": "overload",
+    "R22": "installation without compiler, triton and network",
+    "R23": "no network",
+    "R24": "no pickle",
+    "R25": "malicious checkpoints",
+    "R26": "--help and a typo",
+    "R27": "mutated configurations",
+    "R28": "error messages",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table and write the page; 1, and no page, if the campaign did not pass."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reliability", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("figures", type=Path, help="JSON of pytest's --figures")
+    options = parser.parse_args(arguments)
+    try:
+        found = json.loads(options.figures.read_text(encoding="utf-8"))
+        section, passed = figures_section(found), found["exit_status"] == 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{options.figures}: expected the JSON that `pytest tests/reliability --figures FILE` "
+            f"writes, got {error!r}; run it again"
+        ) from error
+    print(section)
+    if not passed:
+        print("\nThe campaign did not pass; the page stays as it is.")
+        return 1
+    PAGE.write_text(_between_marks(PAGE.read_text(encoding="utf-8"), section), encoding="utf-8")
+    return 0
+
+
+def figures_section(found: Mapping[str, Any]) -> str:
+    """Where it ran, the table, and what it lacks."""
+    figures, environment = found["figures"], found["environment"]
+    table = Table(["", "subject", "target", "measured"], align="llll")
+    for row in sorted(figures, key=lambda row: (_order(row["number"]), row["subject"])):
+        table.add(row["number"], row["subject"], row["target"], row["measured"])
+    missing = SUBJECTS.keys() - {row["number"] for row in figures}
+    lines = [_where(environment, found["campaign"]), "", table.markdown()]
+    if missing:
+        named = "; ".join(f"{n} ({SUBJECTS[n]})" for n in sorted(missing, key=_order))
+        lines += ["", f"Not measured in this run: {named}."]
+    return "\n".join(lines)
+
+
+def _where(environment: Mapping[str, Any], campaign: bool) -> str:
+    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
+    counts = "" if campaign else " Reduced counts: for the full ones, `make reliability`."
+    return (
+        f"{environment['date'][:10]}, {environment['cores']} cores of {environment['cpu']}, Python "
+        f"{environment['python']}, torch {environment['torch']}, commit "
+        f"{(environment['commit'] or 'unknown')[:10]}{changes}.{counts}"
+    )
+
+
+def _order(number: str) -> int:
+    return int(number.removeprefix("R"))
+
+
+def _between_marks(page: str, section: str) -> str:
+    before, rest = page.split(_BEGIN)
+    after = rest.split(_END)[1]
+    return f"{before}{_BEGIN}\n{section}\n{_END}{after}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+"""Fixtures of the campaign: how much of it runs, and where its figures go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.records import environment
+
+Figure = Callable[[str, str, str, str], None]
+
+_FIGURES = pytest.StashKey[list[dict[str, str]]]()
+
+
+@pytest.fixture(scope="session")
+def campaign(request: pytest.FixtureRequest) -> bool:
+    """Whether full counts are asked for; otherwise a part that fits in every test run."""
+    return bool(request.config.getoption("campaign"))
+
+
+@pytest.fixture(scope="session")
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Takes what a test has shown, after its last assertion: number, subject, target, measured.
+
+    Numbers are those of docs/reliability.md; a number may have several subjects.
+    """
+    found = request.config.stash.setdefault(_FIGURES, [])
+
+    def take(number: str, subject: str, target: str, measured: str) -> None:
+        row = {"number": number, "subject": subject, "target": target, "measured": measured}
+        found.append(row)
+
+    return take
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the figures, where they were measured, and whether everything passed."""
+    path = session.config.getoption("figures")
+    if path:
+        found = {
+            "exit_status": int(exitstatus),
+            "campaign": bool(session.config.getoption("campaign")),
+            "environment": environment(torch.device("cpu")),
+            "figures": session.config.stash.get(_FIGURES, []),
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
