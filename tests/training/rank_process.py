@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import tiny_config
+from tiny_training import tiny_config
 
 from dlmone_fast.cli import run_command
 from dlmone_fast.config import Config, merge
