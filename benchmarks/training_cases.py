@@ -19,6 +19,7 @@ from benchmarks.generate_cases import BERT_BASE, COMPACT, prompts, tokenizer
 from dlmone_fast.config import Config
 from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.training import plan
+from dlmone_fast.training.ranks import Ranks
 from dlmone_fast.training.workspace import Workspace, open_workspace
 
 TEACHER, SCORE, GENERATOR = "teacher step", "score estimator step", "generator step"
@@ -141,12 +142,21 @@ def work(update: Update) -> Work:
     return Work(_FP32_BYTES * weights, flops, update.case.precision)
 
 
-def workspace(case: Case, device: torch.device, compiled: bool, folder: Path) -> Workspace:
+def recipe(model: str) -> Config:
+    """The recipe of a size by its name."""
+    return _SIZES[model]
+
+
+def workspace(
+    case: Case, device: torch.device, compiled: bool, folder: Path, ranks: Ranks | None = None
+) -> Workspace:
     """A run folder under `folder` with question pairs in the place of a corpus."""
+    ranks = ranks or Ranks()
     name = f"{case.model} {case.batch} {case.dropout:g}".replace(" ", "-")
     data = folder / "training-data"
-    if not data.exists():
-        _write_pairs(data)
+    with ranks.in_turn():
+        if not data.exists():
+            _write_pairs(data)
     config = replace(
         case.config(),
         device=device.type,
@@ -154,7 +164,7 @@ def workspace(case: Case, device: torch.device, compiled: bool, folder: Path) ->
         data_dir=str(data),
         output_dir=str(folder / name),
     )
-    return open_workspace(config, tokenizer(config.model.vocab_size))
+    return open_workspace(config, tokenizer(config.model.vocab_size), ranks=ranks)
 
 
 def _write_pairs(folder: Path) -> None:

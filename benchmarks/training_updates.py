@@ -92,7 +92,7 @@ def stepper(update: Update, contender: Contender, device: torch.device, folder: 
         if update.step == TEACHER:
             phase = TeacherPhase(opened, {})
             return Stepper(contender, phase.update, phase.guard)
-        stage = _stage(opened)
+        stage = new_stage(opened)
     of_steps = stage.config.steps
     run = {
         SCORE: lambda step: stage.update_score(step, of_steps),
@@ -101,7 +101,8 @@ def stepper(update: Update, contender: Contender, device: torch.device, folder: 
     return Stepper(contender, run, stage.guard)
 
 
-def _stage(opened: Workspace) -> Stage:
+def new_stage(opened: Workspace) -> Stage:
+    """Stage 1 of random networks, ψ some way from φ."""
     config = opened.config
     lm = new_network(opened)
     teacher = Denoiser(lm, Schedule(config.diffusion)).eval().requires_grad_(False)
