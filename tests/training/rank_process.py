@@ -1,13 +1,16 @@
-"""One rank of the tests of several ranks: rank_process.py SCENARIO FOLDER, in torchrun's variables.
+"""Ranks of the tests of several ranks, forked from one process that has imported everything.
 
-Its exit code is the one that the training command would end with.
+A line of JSON on stdin asks for a scenario, the variables of each rank and where its stderr goes; a
+line on stdout gives their exit codes, which are those that the training command would end with.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,10 @@ from dlmone_fast.training import run
 from dlmone_fast.training.stage import Stage
 from dlmone_fast.training.teacher_phase import TeacherPhase
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def is_second() -> bool:
+    """Whether this is the rank that something happens to."""
+    return os.environ.get("RANK") == "1"
 
 
 def config(folder: Path, **changes: Any) -> Config:
@@ -51,13 +57,13 @@ def not_finite(folder: Path) -> None:
 
     def broken_terms(self: Any, rows: Any, t: Any, step: int, slots: Any) -> Any:
         found = terms(self, rows, t, step, slots)
-        if step == 2 and RANK == 1:
+        if step == 2 and is_second():
             found["loss"] = found["loss"] * float("nan")
         return found
 
     def broken_losses(self: Any, step: int, slots: Any) -> Any:
         dsm, adversarial = losses(self, step, slots)
-        return (dsm * float("inf") if step == 2 and RANK == 1 else dsm), adversarial
+        return (dsm * float("inf") if step == 2 and is_second() else dsm), adversarial
 
     TeacherPhase.terms = broken_terms  # type: ignore[method-assign]
     Stage._score_losses = broken_losses  # type: ignore[method-assign]
@@ -69,7 +75,7 @@ def at_step(action: Any) -> None:
     update = TeacherPhase.update
 
     def acting(self: Any, step: int) -> dict[str, float]:
-        if step == 3 and RANK == 1:
+        if step == 3 and is_second():
             action()
         return update(self, step)
 
@@ -93,12 +99,41 @@ def small_batch(folder: Path) -> None:
     run(config(folder, teacher={"batch_size": 1}))
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    scenario, folder = sys.argv[1:]
-    globals()[scenario](Path(folder))
-    return 0
+def rank(scenario: str, folder: str, variables: dict[str, str], log: str) -> None:
+    """What a forked process does; it does not return."""
+    code = 1
+    try:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        os.environ.update(variables)
+        torch.set_num_threads(1)
+
+        def main() -> int:
+            globals()[scenario](Path(folder))
+            return 0
+
+        run_command(main)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve() -> None:
+    """Fork what is asked for, until stdin ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        children = []
+        for variables, log in zip(request["variables"], request["logs"], strict=True):
+            child = os.fork()
+            if child == 0:
+                rank(request["scenario"], request["folder"], variables, log)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    serve()

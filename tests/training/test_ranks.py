@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +30,50 @@ PHASES = ("teacher", "stage1", "stage2")
 Weights = Callable[[Path], dict[str, Tensor]]
 
 
-def start(scenario: str, folder: Path, size: int) -> list[tuple[int, str]]:
-    """Exit code and stderr of every rank of a scenario."""
+Start = Callable[[str, Path, int], list[tuple[int, str]]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Runs a scenario on some ranks; exit code and stderr of each."""
+    logs = tmp_path_factory.mktemp("logs")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    server = subprocess.Popen(
+        [sys.executable, str(PROCESS)], text=True, cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert server.stdin is not None
+    assert server.stdout is not None
+    stdin, stdout = server.stdin, server.stdout
+
+    def run(scenario: str, folder: Path, size: int) -> list[tuple[int, str]]:
+        files = [logs / f"{scenario}-{folder.name}-{n}" for n in range(size)]
+        request = {
+            "scenario": scenario, "folder": str(folder), "variables": variables(size),
+            "logs": [str(file) for file in files],
+        }  # fmt: skip
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        assert select.select([stdout], [], [], TIMEOUT)[0], "the ranks do not end"
+        codes = json.loads(stdout.readline())
+        return [(code, file.read_text()) for code, file in zip(codes, files, strict=True)]
+
+    yield run
+    # With all ranks that still run.
+    os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
+
+
+def variables(size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of some ranks; a single one is told nothing."""
+    if size == 1:
+        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
-    if size > 1:
-        common |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROCESS), scenario, str(folder)],
-            env={**common, **({"RANK": str(n), "LOCAL_RANK": str(n)} if size > 1 else {})},
-            stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        )
-        for n in range(size)
-    ]  # fmt: skip
-    try:
-        texts = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(size)]
 
 
 def measured(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -69,14 +89,16 @@ def measured(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, whose batches of 8 are accumulated in threes."""
     folder = tmp_path_factory.mktemp("ranks") / "one"
     assert start("whole", folder, 1)[0][0] == 0
     return folder
 
 
-def test_two_ranks_train_what_one_does(one: Path, tmp_path: Path, weights: Weights) -> None:
+def test_two_ranks_train_what_one_does(
+    start: Start, one: Path, tmp_path: Path, weights: Weights
+) -> None:
     # Micro-batches of 3 rows: one rank makes 3, 3 and 2, each of two ranks 3 and 1.
     folder = tmp_path / "two"
     assert [code for code, _ in start("whole", folder, 2)] == [0, 0]
@@ -95,7 +117,9 @@ def test_two_ranks_train_what_one_does(one: Path, tmp_path: Path, weights: Weigh
         assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5, phase
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    start: Start, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert [code for code, _ in start("not_finite", folder, 2)] == [0, 0]
     found = measured(folder)
@@ -107,7 +131,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path)
     assert found["stage1", 7]["skipped"] == 1
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_reason(tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_others_with_a_reason(start: Start, tmp_path: Path) -> None:
     (first, text), (second, _) = start("killed", tmp_path / "run", 2)
     assert second == -9
     assert first == EXIT_RANK_LOST
@@ -118,7 +142,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_sigterm_to_one_rank_saves_and_ends_all_and_another_number_of_ranks_goes_on(
-    one: Path, tmp_path: Path, weights: Weights
+    start: Start, one: Path, tmp_path: Path, weights: Weights
 ) -> None:
     folder = tmp_path / "run"
     ended = start("terminated", folder, 2)
@@ -130,7 +154,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_and_another_number_of_ranks_goes
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
 
 
-def test_a_batch_smaller_than_the_ranks_is_refused_by_all(tmp_path: Path) -> None:
+def test_a_batch_smaller_than_the_ranks_is_refused_by_all(start: Start, tmp_path: Path) -> None:
     for code, text in start("small_batch", tmp_path / "run", 2):
         assert code == UsageError.exit_code
         assert "batch_size is 1, and the run has 2 ranks" in text
