@@ -12,6 +12,7 @@ EXIT_DATA = 3
 EXIT_MODEL = 4
 EXIT_DIVERGED = 5
 EXIT_RANK_LOST = 6
+EXIT_PROCESS_LOST = 7
 EXIT_INTERRUPTED_SAVED = 75  # EX_TEMPFAIL: run the same command again to continue
 EXIT_INTERRUPTED = 130
 
@@ -82,6 +83,12 @@ class RankLostError(DlmOneError, RuntimeError):
     """Another process of a training run is gone, or did not answer in time."""
 
     exit_code = EXIT_RANK_LOST
+
+
+class ServerLostError(DlmOneError, RuntimeError):
+    """A process that the server cannot do without ended by itself."""
+
+    exit_code = EXIT_PROCESS_LOST
 
 
 class InterruptedAndSavedError(DlmOneError):

@@ -257,12 +257,17 @@ class Generator:
             raise UsageError("return_dict: generate_iter yields answers one by one; leave it out")
         shared = {"seed": seed, "on_overflow": on_overflow, "progress": False, **call}
         generate = partial(self.generate, batch_size=batch_size, **shared)
-
-        def check(prompt: str) -> None:
-            encoded = self.tokenizer.encode(options.prompts_of([prompt]))
-            self._rows(encoded, self.settings.max_source_tokens, [0], 1, on_overflow)
-
+        check = partial(self.check_prompt, on_overflow=on_overflow)
         return in_windows(prompts, batch_size, generate, check)
+
+    def check_prompt(self, prompt: str, on_overflow: str = "error") -> None:
+        """Refuse what `generate` would refuse of one prompt, without running the network.
+
+        Raises:
+            PromptError: it is not a str, not Unicode, or too long.
+        """
+        encoded = self.tokenizer.encode(options.prompts_of([prompt]))
+        self._rows(encoded, self.settings.max_source_tokens, [0], 1, on_overflow)
 
     def warmup(
         self, batch_sizes: Sequence[int] = (1,), lengths: Sequence[int] | None = None

@@ -1,0 +1,1 @@
+"""Answering over HTTP: LitServe's processes and queues, with this package's batches and limits."""

@@ -1,0 +1,260 @@
+"""The command from outside: statuses, answers, overload, and processes that are killed."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tiny
+from served import Server, gone, until
+
+from dlmone_fast.errors import EXIT_MODEL, EXIT_PROCESS_LOST, EXIT_USAGE
+
+TIMEOUT_S = 4.0
+IN_FLIGHT = 8
+LIMITS = ("--max-batch-size", "4", "--max-queued", "4", "--timeout-s", str(TIMEOUT_S))
+# So many rows that they take the tiny model longer than what is done meanwhile.
+LONG = {"prompts": ["ba"] * 32, "num_candidates": 16, "steps": 16}
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    started = Server(log, "--model", str(model), *LIMITS, "--max-body", "20000")
+    try:
+        yield started.wait()
+    finally:
+        started.end()
+
+
+@pytest.fixture
+def paused(server: Server) -> Iterator[Server]:
+    """Its worker does nothing for the length of a test."""
+    worker = server.child("worker")
+    worker.suspend()
+    yield server
+    worker.resume()
+    until(lambda: server.metric("dlmone_requests_in_flight") == 0)
+
+
+def test_answers_are_those_of_generate(server: Server):
+    generator = tiny.generator()
+    one, several = "ba be", tiny.prompts(5)
+    assert server.ask(one) == (200, {"texts": [generator.generate(one)]})
+    assert server.ask(several, seed=7) == (200, {"texts": generator.generate(several, seed=7)})
+    seeds = [2**64 - 1, 0, 5, 6, 7]
+    expected = generator.generate(several, seed=seeds, num_candidates=3, steps=2)
+    answer = server.ask(several, seed=seeds, num_candidates=3, steps=2)
+    assert answer == (200, {"texts": expected})
+    long = "ba " * 30
+    assert server.ask(long, on_overflow="truncate") == (
+        200, {"texts": [generator.generate(long, on_overflow="truncate")]},
+    )  # fmt: skip
+    assert server.ask([]) == (200, {"texts": []})
+
+
+def test_no_answer_is_lost_or_swapped_among_many_clients(server: Server):
+    generator, prompts = tiny.generator(), tiny.prompts(300)
+    settings = [{"num_candidates": 1 + i % 5 // 4, "seed": i} for i in range(300)]
+
+    def ask(i: int) -> tuple[int, object]:
+        return server.ask(prompts[i], **settings[i])
+
+    before = server.metric("dlmone_batch_rows_count")
+    with ThreadPoolExecutor(IN_FLIGHT) as clients:
+        answers = list(clients.map(ask, range(300)))
+    for prompt, setting, answer in zip(prompts, settings, answers, strict=True):
+        expected = generator.generate([prompt], **setting)
+        assert answer == (200, {"texts": expected})
+    # Otherwise nothing was shared, and this test would say nothing.
+    assert server.metric("dlmone_batch_rows_count") - before < 250
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompts": 3}, "prompts: Input should be a valid list, got 3"),
+        ({"prompts": ["ba", None]}, "prompts[1]: Input should be a valid string, got None"),
+        ({"prompts": ["ba"] * 33}, "prompts: List should have at most 32 items"),
+        ({"prompts": "ba", "seed": -1}, "seed must be a whole number from 0 to"),
+        ({"prompts": "ba", "seed": True}, "seed must be a whole number from 0 to"),
+        ({"prompts": "ba", "seed": 2**64}, "seed must be a whole number from 0 to"),
+        ({"prompts": "ba", "seed": [1, 2]}, "seed holds 2 seeds, expected one a prompt (1)"),
+        ({"prompts": "ba", "num_candidates": 17}, "num_candidates: Input should be less than"),
+        ({"prompts": "ba", "select": "best"}, "select: Input should be 'none' or 'mbr'"),
+        ({"prompts": "ba", "sampler": "ddim"}, "sampler: Extra inputs are not permitted"),
+        ({"prompts": ["ba"] * 32, "num_candidates": 16}, "is 512, expected at most 256"),
+        ({"seed": 1}, "prompts: Field required"),
+        ({"prompts": ["ba", "\ud800"]}, "prompts[1]: Input should be a valid string"),
+        ({"prompts": ["ba", "ba " * 30]}, "prompts[1]: source: 32 tokens"),
+        ({"prompts": ["ba" * 150]}, "prompts[0]: texts[0]: 300 characters, the limit is 200"),
+    ],
+)
+def test_a_bad_value_is_named_with_the_way_out(server: Server, fields: dict, said: str):
+    status, _, answer = server.post(json.dumps(fields).encode())
+    assert status == 422
+    detail = json.loads(answer)["detail"]
+    assert said in detail
+    assert re.search(r"; (correct the request|shorten)", detail)
+
+
+def test_what_is_not_json_is_refused(server: Server):
+    for body in (b"", b"{", b'"x"', b"\xff", b"[" * 5000):
+        status, _, said = server.post(body)
+        assert status in (400, 422), said
+        assert json.loads(said)["detail"]
+
+
+def test_a_body_that_is_too_large_is_refused_with_and_without_a_length(server: Server):
+    body = json.dumps({"prompts": ["ba" * 20000]}).encode()
+    pieces = (body[i : i + 4096] for i in range(0, len(body), 4096))
+    for sent, chunked in ((body, False), (pieces, True)):
+        status, headers, said = server.post(sent, encode_chunked=chunked)
+        assert status == 413
+        assert "at most 20000 bytes" in said
+        assert headers["connection"] == "close"
+
+
+def test_a_full_server_refuses_at_once_and_answers_what_it_accepted(paused: Server):
+    with ThreadPoolExecutor(IN_FLIGHT) as clients:
+        waiting = [clients.submit(paused.ask, "ba") for _ in range(IN_FLIGHT)]
+        until(lambda: paused.metric("dlmone_requests_in_flight") == IN_FLIGHT)
+        started = time.perf_counter()
+        # Refused before it is read: not even JSON.
+        status, headers, said = paused.post(b"{")
+        assert time.perf_counter() - started < 0.5
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert "--max-queued" in said
+        paused.child("worker").resume()
+        assert {answer.result()[0] for answer in waiting} == {200}
+    assert paused.metric('dlmone_requests_total{status="429"}') == 1
+
+
+def test_time_runs_out_whatever_the_worker_does(paused: Server):
+    started = time.perf_counter()
+    status, answer = paused.ask("ba")
+    assert status == 504
+    assert TIMEOUT_S <= time.perf_counter() - started < TIMEOUT_S + 2
+    assert answer["detail"].startswith("not answered within 4 s; try again")
+    # Nothing of it is left behind.
+    assert paused.metric("dlmone_requests_in_flight") == 0
+
+
+def test_metrics_count_what_happened(server: Server):
+    def counted() -> list[float]:
+        return [
+            server.metric(name)
+            for name in (
+                'dlmone_requests_total{status="200"}', 'dlmone_requests_total{status="422"}',
+                'dlmone_request_seconds_count{status="200"}', "dlmone_prompts_total",
+                "dlmone_batch_rows_sum",
+            )
+        ]  # fmt: skip
+
+    before = counted()
+    assert server.ask(["ba", "be", "bi"], num_candidates=2)[0] == 200
+    assert server.ask("ba", seed="x")[0] == 422
+    now = counted()
+    assert [b - a for a, b in zip(before, now, strict=True)] == [1, 1, 1, 3, 6]
+    assert server.metric("dlmone_workers_ready") == 1
+    assert server.metric("dlmone_queue_depth") == 0
+
+
+def test_openapi_describes_requests_bounds_and_statuses(server: Server):
+    described = json.loads(server.get("/openapi.json")[1])
+    route = described["paths"]["/generate"]["post"]
+    assert {"200", "413", "422", "429", "500", "503", "504"} <= route["responses"].keys()
+    schema = described["components"]["schemas"]["GenerateRequest"]
+    assert schema["properties"]["num_candidates"]["maximum"] == 16
+    assert schema["properties"]["prompts"]["anyOf"][1]["maxItems"] == 32
+    assert schema["required"] == ["prompts"]
+    assert all(field.get("description") for field in schema["properties"].values())
+    assert "GenerateResponse" in json.dumps(route["responses"]["200"])
+    assert server.get("/docs")[0] == 200
+
+
+def test_a_killed_worker_fails_what_it_had_at_once_and_another_one_serves(
+    model: Path, start: Callable[..., Server]
+):
+    server = start("--model", str(model), "--max-rows", "10000", "--timeout-s", "60").wait()
+    with ThreadPoolExecutor(1) as client:
+        lost = client.submit(server.ask, **LONG)
+        until(lambda: server.metric("dlmone_requests_in_flight") == 1)
+        until(lambda: server.metric("dlmone_queue_depth") == 0)
+        killed = time.monotonic()
+        server.child("worker").kill()
+        status, answer = lost.result(10)
+    assert time.monotonic() - killed < 3
+    assert (status, answer["detail"][:18]) == (503, "the worker process")
+    status, headers, said = server.post(b'{"prompts": "ba"}')
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "no worker process is ready" in said
+    assert server.get("/health")[0] == 503
+    until(lambda: server.ask("ba")[0] == 200, 60)
+    assert server.metric("dlmone_requests_lost_with_worker_total") == 1
+    # Asked to stop, it answers what it has accepted first.
+    with ThreadPoolExecutor(1) as client:
+        last = client.submit(server.ask, **LONG)
+        until(lambda: server.metric("dlmone_requests_in_flight") == 1)
+        until(lambda: server.metric("dlmone_queue_depth") == 0)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        # It still answers, and lets nobody in.
+        assert not last.done()
+        with pytest.raises(ConnectionRefusedError):
+            server.ask("ba")
+        assert server.process.wait(60) == 0, server.log.read_text()
+        status, answer = last.result(1)
+    assert status == 200
+    assert len(answer["texts"]) == 32
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("which", ["http", "queues"])
+def test_a_server_that_lost_a_process_ends_with_an_error(
+    which: str, model: Path, start: Callable[..., Server]
+):
+    server = start("--model", str(model)).wait()
+    worker = server.child("worker")
+    server.child(which).kill()
+    assert server.process.wait(30) == EXIT_PROCESS_LOST, server.log.read_text()
+    assert server.log.read_text().rstrip().endswith("start the server again")
+    until(lambda: gone(worker))
+
+
+def test_a_main_process_that_is_killed_leaves_nobody_listening(
+    model: Path, start: Callable[..., Server]
+):
+    server = start("--model", str(model)).wait()
+    left = [server.child(which) for which in ("worker", "queues", "http")]
+    server.process.kill()
+    until(lambda: all(map(gone, left)))
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(
+    model: Path, tmp_path: Path, start: Callable[..., Server]
+):
+    server = start("--model", str(tmp_path / "missing"))
+    assert server.process.wait(60) == EXIT_MODEL
+    assert server.log.read_text() == f"error: {tmp_path}/missing: no such folder; check the path\n"
+
+
+def test_a_port_that_is_taken_and_a_bad_option_are_named(model: Path, start: Callable[..., Server]):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        server = start("--model", str(model), "--port", port)
+        assert server.process.wait(60) == EXIT_USAGE
+    assert f"--port {port}: 127.0.0.1 cannot be listened at" in server.log.read_text()
+    server = start("--model", str(model), "--max-batch-size", "0")
+    assert server.process.wait(60) == EXIT_USAGE
+    assert "--max-batch-size: expected 1 to 4,096, got 0" in server.log.read_text()
