@@ -15,7 +15,7 @@ PACKAGE = Path(dlmone_fast.__file__).parent
 HEAVY = ("torch", "numpy", "triton", "tokenizers", "safetensors", "sacrebleu")
 COMMANDS = [
     name
-    for name in ("train", "evaluate", "sample", "import_diffuseq", "doctor")
+    for name in ("train", "evaluate", "sample", "serve", "import_diffuseq", "doctor")
     if (PACKAGE / f"{name}.py").exists()
 ]
 LIMIT_SECONDS = 0.3
