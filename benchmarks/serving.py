@@ -2,8 +2,8 @@
 
 A small model takes 20,000 requests, each with a known answer, then more than it accepts; one of
 BERT-base's shape is set against the bare `generate()` of the same prompts, half before and half
-after. `--servers litserve ray` also serves both with Ray Serve. Prints the tables, writes a record
-to benchmarks/results/serving/ and puts the tables into docs/scaling.md, between its marks.
+after. `--servers litserve ray` compares with Ray Serve instead. Prints the tables, writes a record
+to benchmarks/results/serving/ and puts the tables into docs/scaling.md, between their marks.
 """
 
 from __future__ import annotations
@@ -75,16 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = records.environment(torch.device("cpu"), load)
     environment["libraries"] |= {name: _version(name) for name in _LIBRARIES}
     record: dict[str, Any] = {"environment": environment, "runs": found}
-    sections = {"serving": _section(environment, found, load)}
     if len(options.servers) > 1:
         record["packages"] = {server: installed(server) for server in options.servers}
-        table = comparison_table(found, record["packages"]).markdown()
-        sections["serving-choice"] = f"{where_measured(environment)}\n\n{table}"
-    for name, text in sections.items():
-        print(text, end="\n\n")
-        if not options.dry_run:
-            replace_section(PAGE, name, text)
+        name, text = "serving-choice", comparison_table(found, record["packages"]).markdown()
+    else:
+        name, text = "serving", _tables(found)
+    text = f"{_where(environment, load)}\n\n{text}"
+    print(text)
     if not options.dry_run:
+        replace_section(PAGE, name, text)
         print(f"written: {records.save(record, records.RESULTS / 'serving')}", file=sys.stderr)
     return int(any(run["wrong"] or run["lost"] for run in found))
 
@@ -214,13 +213,18 @@ def _figures(load: Load) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _section(environment: dict[str, Any], found: list[dict[str, Any]], load: float) -> str:
-    used = ", ".join(f"{name} {_version(name)}" for name in ("litserve", "uvicorn", "aiohttp"))
-    beside = "" if load <= environment["cores"] / 2 else f" Beside other work: load {load:.1f}."
-    parts = [f"{where_measured(environment)} {used}.{beside}", load_table(found).markdown()]
+def _tables(found: list[dict[str, Any]]) -> str:
+    tables = [load_table(found)]
     if any(run["kind"] == "overload" for run in found):
-        parts.append(overload_table(found).markdown())
-    return "\n\n".join(parts)
+        tables.append(overload_table(found))
+    return "\n\n".join(table.markdown() for table in tables)
+
+
+def _where(environment: dict[str, Any], load: float) -> str:
+    libraries = environment["libraries"]
+    used = ", ".join(f"{name} {libraries[name]}" for name in _LIBRARIES if libraries[name])
+    beside = "" if load <= environment["cores"] / 2 else f" Beside other work: load {load:.1f}."
+    return f"{where_measured(environment)} {used}.{beside}"
 
 
 def _version(name: str) -> str | None:
