@@ -22,8 +22,11 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of the reliability campaign runs."""
     group = parser.getgroup("reliability campaign")
-    group.addoption("--campaign", action="store_true",
-                    help="tests/reliability with the full counts of docs/reliability.md")  # fmt: skip
+    group.addoption(
+        "--campaign",
+        action="store_true",
+        help="tests/reliability with the full counts of docs/reliability.md",
+    )
     group.addoption("--figures", metavar="FILE", help="write what tests/reliability measured, JSON")
 
 
