@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -34,8 +35,9 @@ class Progress:
             self._file = self._path.open("a", encoding="utf-8")
             self._end_torn_line()
         self._bar = tqdm(
-            total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05
-        )
+            total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
+            file=_Screen(),
+        )  # fmt: skip
         with writing(root / "tensorboard"):
             self._board = _tensorboard(root)
         self._step, self._samples, self._since = start, 0, time.perf_counter()
@@ -81,7 +83,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=_Screen())
 
     def close(self) -> None:
         """Record what was done since the last record; end the bar and the files."""
@@ -109,6 +111,22 @@ class Progress:
                 written.seek(-1, os.SEEK_END)
                 if written.read() != b"\n":
                     self._file.write("\n")
+
+
+class _Screen:
+    """stderr as far as it can be written: neither a log on a full disk nor a terminal that has
+    gone ends a training."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def _json(value: Any) -> Any:
