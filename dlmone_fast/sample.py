@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
 
 from tyro.conf import Positional, arg
 
-from dlmone_fast.cli import OptionalInt, OptionalStr, parse, run_command
+from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
 from dlmone_fast.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class SampleArgs:
     """Network calls per text; default: the model's own."""
     sampler: OptionalStr = None
     """Sampler of a teacher; default: the model's own."""
+    temperature: OptionalFloat = None
+    """Factor of all noise: below 1 texts are likelier and less diverse; default: the model's."""
     num_candidates: int = 1
     """Texts per source, each from its own noise; several need --mbr or jsonl."""
     mbr: bool = False
@@ -220,6 +222,7 @@ def _generated(
                 seeds=row_seeds(args.seed, len(window), count.rows),
                 batch_size=args.batch_size,
                 sampler=args.sampler,
+                temperature=args.temperature,
                 on_overflow="truncate",
                 progress=False,
             )

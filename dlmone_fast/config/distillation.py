@@ -126,9 +126,11 @@ class PairsConfig(Section):
     per_source: int = 4
     """Noises for each source row; rows follow a seeded order over the training split."""
     sampler: str = "ddim"
-    """ddim or dpm-solver++: solvers of the teacher's ODE."""
+    """ddim or dpm-solver++, solvers of the teacher's ODE; or q-sampling."""
     steps: int = 20
     """Network calls for each pair."""
+    temperature: float = 1.0
+    """Factor of the sampler's noise: a small teacher's likelier texts are its better ones."""
     batch_size: int = 256
     """Pairs of one update."""
     save_every: int = 50
@@ -137,8 +139,9 @@ class PairsConfig(Section):
     def check(self) -> None:
         within(self, 0, 100_000_000, "count")
         within(self, 1, 1 << 20, "per_source", "batch_size")
-        one_of(self, ("ddim", "dpm-solver++"), "sampler")
+        one_of(self, ("ddim", "dpm-solver++", "q-sampling"), "sampler")
         within(self, 1, 100_000, "steps")
+        within(self, 0, 10, "temperature")
         within(self, 1, 10_000_000, "save_every")
 
     @property

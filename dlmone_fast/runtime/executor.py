@@ -44,7 +44,7 @@ class Executor:
         self.vocabulary = Vocabulary(denoiser.embedding.detach())
         self.device = self.vocabulary.table.device
         self._clear = clear_margin(self.vocabulary.table)
-        self._pipelines: dict[tuple[int, int, bool], Pipeline] = {}
+        self._pipelines: dict[tuple[int, int, bool, float], Pipeline] = {}
         self._warming = threading.Lock()
         # The most rows that are tried at once on a GPU whose memory did not hold more; None: all.
         self._fitting: int | None = None
@@ -56,7 +56,7 @@ class Executor:
 
     def pipeline(self, settings: GenerationSettings) -> Pipeline:
         """A student's generation with these settings."""
-        key = (settings.t_init, settings.steps, settings.scale_latent)
+        key = (settings.t_init, settings.steps, settings.scale_latent, settings.temperature)
         found = self._pipelines.get(key)
         if found is None:
             if len(self._pipelines) >= _MOST_PIPELINES:
@@ -155,7 +155,9 @@ class Executor:
         self, runner: Runner, rows: Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
     ) -> Tensor:
         source = self.table[ids]
-        chosen = SamplerOptions(settings.sampler, settings.steps, settings.eta)
+        chosen = SamplerOptions(
+            settings.sampler, settings.steps, settings.eta, temperature=settings.temperature
+        )
         with_estimate = self.denoiser.config.self_conditioning
         return sample(
             runner.predict_given if with_estimate else runner.predict,
