@@ -183,7 +183,7 @@ def _same_kind(live: Any, saved: Any) -> bool:
     """Whether a value from JSON can stand for one of an optimiser's options."""
     if isinstance(live, (list, tuple)):
         return (
-            isinstance(saved, list)
+            isinstance(saved, (list, tuple))
             and len(saved) == len(live)
             and all(map(_same_kind, live, saved))
         )
