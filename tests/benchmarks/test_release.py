@@ -14,6 +14,7 @@ from benchmarks import release_evaluation, train_release
 from benchmarks.release_cost import PhaseCost, phase_costs
 from benchmarks.release_data import overlap
 from benchmarks.release_evaluation import table
+from benchmarks.release_temperature import TEMPERATURES
 from benchmarks.train_release import SCHEDULES, release_config
 from dlmone_fast.errors import InterruptedAndSavedError, UsageError
 from dlmone_fast.evaluation.run import evaluate_model
@@ -94,12 +95,16 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
         with suppress(InterruptedAndSavedError):
             train_release.main([*command, "--max-minutes", "1e-6"])
     # One system of the evaluation each.
-    assert slices == 8
+    assert slices == 9
     capsys.readouterr()
     train_release.main(command)
     printed = capsys.readouterr().out
     folder = load_folder(root / "release")
     assert {str(tensor.dtype) for tensor in folder.tensors.values()} == {"torch.bfloat16"}
+    # Chosen among all on the validation split.
+    measured = json.loads((root / "temperature-teacher.json").read_text())
+    assert set(measured) == {str(t) for t in TEMPERATURES}
+    assert folder.generation_config["temperature"] in TEMPERATURES
     evaluation = folder.read_json("evaluation.json")
     assert [cost["phase"] for cost in evaluation["cost"]] == [
         "teacher", "pairs", "stage1", "stage2",
