@@ -110,6 +110,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "distill.pairs.count": (0, 100_000_000),
     "distill.pairs.per_source": (1, 1 << 20),
     "distill.pairs.steps": (1, 100_000),
+    "distill.pairs.temperature": (0, 10),
     "distill.pairs.batch_size": (1, 1 << 20),
     "distill.pairs.save_every": (1, 10_000_000),
     "distill.logit_clamp": (0, 1000),
