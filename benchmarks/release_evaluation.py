@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.release_cost import phase_costs, slices
-from benchmarks.release_temperature import chosen_temperature
+from benchmarks.release_temperature import Chosen, choose_temperature
 from dlmone_fast.data.rows import Row, load_rows
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.run import evaluate_model
@@ -135,21 +135,18 @@ def evaluate_release(
     }
 
 
-def better_student(result: RunResult, say: Callable[[str], None]) -> str:
-    """The stage whose student has the higher iBLEU on the validation split, in one call."""
-    workspace = result.workspace
-    count = workspace.config.distill.validation_rows
-    rows = load_rows(workspace.data_dir, "valid", limit=count)
-    scores = {}
+def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, float]:
+    """The stage whose student has the higher BLEU in one call, and its temperature.
+
+    Both chosen on the validation split, each stage at its own best temperature.
+    """
+    found = {}
     for stage in ("stage1", "stage2"):
-        found = evaluate_model(
-            _load(result, workspace.model(stage)), rows=rows, num_candidates=4,
-            seed=workspace.config.seed, batch_size=_BATCH_SIZE, bootstrap=0, progress=False,
-        )  # fmt: skip
-        scores[stage] = found["ibleu"]
-        say(f"{stage} on the validation split: iBLEU {found['ibleu']:.4f}")
+        say(f"{stage} on the validation split")
+        found[stage] = _choose(result, result.workspace.model(stage), 1, None, True, say)
     # The second stage unless it is worse.
-    return max(("stage2", "stage1"), key=lambda stage: scores[stage])
+    best = max(("stage2", "stage1"), key=lambda stage: found[stage].bleu)
+    return best, found[best].temperature
 
 
 def table(rows: Sequence[Scored], task: str) -> Table:
@@ -166,22 +163,17 @@ def table(rows: Sequence[Scored], task: str) -> Table:
     return found
 
 
-def student_temperature(result: RunResult, stage: str, say: Callable[[str], None]) -> float:
-    """The temperature of a stage's student in one call, chosen on the validation split."""
-    return _temperature(result, result.workspace.model(stage), 1, None, True, say)
-
-
-def _temperature(
+def _choose(
     result: RunResult,
     folder: Path,
     steps: int,
     sampler: str | None,
     diverse: bool,
     say: Callable[[str], None],
-) -> float:
+) -> Chosen:
     config = result.workspace.config
     rows = load_rows(result.workspace.data_dir, "valid", limit=config.distill.validation_rows)
-    return chosen_temperature(
+    return choose_temperature(
         result.root / f"temperature-{folder.name}.json", _load(result, folder), rows,
         steps=steps, sampler=sampler, seed=config.seed, diverse=diverse, say=say,
     )  # fmt: skip
@@ -196,7 +188,8 @@ def _systems(
     student, teacher = _load(result, folder), _load(result, result.teacher)
     few, sampler = TEACHER_STEPS[0], "q-sampling"
     yield _System("teacher, ddim", teacher, few, 1, rows, "ddim", 1.0)
-    cold = _temperature(result, result.teacher, few, sampler, False, say)
+    say("teacher on the validation split")
+    cold = _choose(result, result.teacher, few, sampler, False, say).temperature
     name = f"teacher, {sampler}, temperature {cold:g}"
     for calls in TEACHER_STEPS:
         yield _System(name, teacher, calls, 1, rows, sampler, cold)

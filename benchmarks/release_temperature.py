@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dlmone_fast.data.rows import Row
@@ -12,13 +13,23 @@ from dlmone_fast.files import write_atomically
 from dlmone_fast.runtime import Generator
 
 TEMPERATURES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+MAX_SOURCE_BLEU = 0.45
+"""Above it a text is too much the source's: copying scores a BLEU of its own."""
 MAX_SELF_BLEU = 0.4
 """Above it the texts of one source are too much alike: a student's are to differ."""
 
 _CANDIDATES = 4
 
 
-def chosen_temperature(
+@dataclass(frozen=True)
+class Chosen:
+    """A temperature and its BLEU on the validation split."""
+
+    temperature: float
+    bleu: float
+
+
+def choose_temperature(
     file: Path,
     model: Generator,
     rows: Sequence[Row],
@@ -28,8 +39,10 @@ def chosen_temperature(
     seed: int,
     diverse: bool,
     say: Callable[[str], None],
-) -> float:
-    """The temperature with the highest iBLEU; each one's scores are kept in `file`.
+) -> Chosen:
+    """The temperature with the highest BLEU among those whose texts are not too much alike.
+
+    Each one's scores are kept in `file`. Where no temperature is within the bounds, the highest.
 
     Args:
         file: JSON of scores by temperature; what it holds is not measured again.
@@ -37,7 +50,8 @@ def chosen_temperature(
         rows: of the validation split.
         steps, sampler: how the model is called.
         seed: of the texts.
-        diverse: only temperatures whose self-BLEU is at most `MAX_SELF_BLEU`, or the highest one.
+        diverse: `MAX_SELF_BLEU` bounds the self-BLEU, as `MAX_SOURCE_BLEU` always does the
+            source-BLEU.
         say: called with a line for each temperature.
     """
     found: dict[str, dict[str, float]] = {}
@@ -55,6 +69,9 @@ def chosen_temperature(
         write_atomically(file, [json.dumps(found, indent=1).encode()])
         say(f"temperature {temperature}: " + ", ".join(f"{k} {v:.4f}" for k, v in kept.items()))
     allowed = [
-        t for t in TEMPERATURES if not diverse or found[str(t)]["self_bleu"] <= MAX_SELF_BLEU
-    ] or [TEMPERATURES[-1]]
-    return max(allowed, key=lambda t: found[str(t)]["ibleu"])
+        t for t in TEMPERATURES
+        if found[str(t)]["source_bleu"] <= MAX_SOURCE_BLEU
+        and (not diverse or found[str(t)]["self_bleu"] <= MAX_SELF_BLEU)
+    ] or [TEMPERATURES[-1]]  # fmt: skip
+    best = max(allowed, key=lambda t: found[str(t)]["bleu"])
+    return Chosen(best, found[str(best)]["bleu"])

@@ -25,7 +25,6 @@ from benchmarks.release_evaluation import (
     Budget,
     better_student,
     evaluate_release,
-    student_temperature,
     table,
 )
 from benchmarks.release_folder import save_candidate, save_release
@@ -53,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = Budget.of(options)
     try:
         result = run(config, started=started)
-        stage = better_student(result, _say)
-        temperature = student_temperature(result, stage, _say)
+        stage, temperature = better_student(result, _say)
         candidate = save_candidate(result, stage, temperature)
         evaluation = evaluate_release(result, candidate, budget, _say)
     finally:
