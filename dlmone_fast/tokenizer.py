@@ -26,6 +26,7 @@ from dlmone_fast.wordpiece import MAX_WORD_CHARS, PREFIX, learn_pieces
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEFAULT_MAX_CHARS = 20_000
+_ANOTHER = "give the file of a BERT-style WordPiece tokenizer"
 MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB_SIZE = 1_000_000
 
@@ -268,14 +269,14 @@ def _unicode(text: str, name: str) -> str:
 
 def _checked_vocabulary(vocabulary: tuple[str, ...]) -> dict[str, int]:
     if len(vocabulary) > MAX_VOCAB_SIZE:
-        raise ModelFileError(f"{len(vocabulary)} tokens, the limit is {MAX_VOCAB_SIZE}")
+        raise ModelFileError(f"{len(vocabulary)} tokens, the limit is {MAX_VOCAB_SIZE}; {_ANOTHER}")
     ids: dict[str, int] = {}
     for index, token in enumerate(vocabulary):
         if not isinstance(token, str) or not token or _torn(token):
-            raise ModelFileError(f"token {index}: expected text, got {token!r}")
+            raise ModelFileError(f"token {index}: expected text, got {token!r:.80}; {_ANOTHER}")
         if ids.setdefault(token, index) != index:
             raise ModelFileError(
-                f"token {token!r} stands at both {ids[token]} and {index}; remove one"
+                f"token {token!r:.80} stands at both {ids[token]} and {index}; remove one"
             )
     missing = [token for token in SPECIAL_TOKENS if token not in ids]
     if missing:
@@ -351,19 +352,27 @@ def _bert_parts(content: object) -> tuple[list[str], bool, bool | None]:
     expected = {"unk_token": "[UNK]", "continuing_subword_prefix": PREFIX}
     for key, value in expected.items():
         if model.get(key, value) != value:
-            raise ModelFileError(f"model.{key}: expected {value!r}, got {model[key]!r}")
+            raise ModelFileError(
+                f"model.{key}: expected {value!r}, got {model[key]!r:.80}; {_ANOTHER}"
+            )
     for key in ("clean_text", "handle_chinese_chars"):
         if normaliser.get(key, True) is not True:
-            raise ModelFileError(f"normalizer.{key}: expected true, got {normaliser[key]!r}")
+            raise ModelFileError(
+                f"normalizer.{key}: expected true, got {normaliser[key]!r:.80}; {_ANOTHER}"
+            )
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or sorted(
         id_ for id_ in vocab.values() if type(id_) is int
     ) != list(range(len(vocab))):
-        raise ModelFileError("model.vocab: expected each token with an id, 0, 1, 2, … each once")
+        raise ModelFileError(
+            f"model.vocab: expected each token with an id, 0, 1, 2, … each once; {_ANOTHER}"
+        )
     lowercase = normaliser.get("lowercase", True)
     strip_accents = normaliser.get("strip_accents")
     if not isinstance(lowercase, bool) or not isinstance(strip_accents, (bool, type(None))):
-        raise ModelFileError("normalizer: lowercase and strip_accents must be true or false")
+        raise ModelFileError(
+            f"normalizer: lowercase and strip_accents must be true or false; {_ANOTHER}"
+        )
     return sorted(vocab, key=vocab.__getitem__), lowercase, strip_accents
 
 

@@ -79,7 +79,9 @@ def load_toml(file: str | os.PathLike[str]) -> dict[str, Any]:
             f"--config {file}: is not valid TOML: {error}{_near(text, error)}"
         ) from error
     except RecursionError as error:
-        raise ConfigError(f"--config {file}: is nested too deeply") from error
+        raise ConfigError(
+            f"--config {file}: is nested too deeply; expected sections of keys"
+        ) from error
     _check_keys(Config, values, "")
     return values
 
