@@ -109,7 +109,8 @@ def test_training_generation_and_import_need_no_network(tmp_path: Path, figure: 
 def test_the_suite_passes_without_a_network(campaign: bool, figure: Figure, tmp_path: Path) -> None:
     """All tests but the campaign's own; without --campaign a few."""
     record = tmp_path / "attempts"
-    which = ["tests", "--ignore=tests/reliability"] if campaign else ["tests/models/test_manifest.py"]
+    suite, some = ["tests", "--ignore=tests/reliability"], ["tests/models/test_manifest.py"]
+    which = suite if campaign else some
     done = blocked(
         ["-m", "pytest", "-q", "-p", "network_block", "-p", "no:cacheprovider", *which], record
     )
