@@ -135,7 +135,10 @@ def numbered_lines(path: str | None) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes")
+                    raise DataError(
+                        f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes; expected one "
+                        "source a line"
+                    )
                 yield number, line.rstrip(b"\r\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(

@@ -156,7 +156,8 @@ def _check_groups(
         if not isinstance(saved, Mapping) or saved.get("parameters") != expected:
             raise CheckpointError(
                 f"{where}: group {index} does not hold this run's parameters in this "
-                f"run's order ({', '.join(expected[:3])}, …)"
+                f"run's order ({', '.join(expected[:3])}, …); resume with the configuration of "
+                "the checkpoint"
             )
         options = set(_hyperparameters(live))
         if set(saved) - {"parameters"} != options:

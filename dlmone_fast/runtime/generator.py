@@ -348,6 +348,8 @@ class Generator:
         settings = self.settings.with_call(steps, sampler, eta, temperature)
         limit = self.settings.max_source_tokens
         if encoded is None:
+            if on_overflow == "error":
+                options.refuse_longest(texts, self.tokenizer, limit)
             encoded = self.tokenizer.encode(list(texts))
         else:
             sizes = self.denoiser.config

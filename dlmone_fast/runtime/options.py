@@ -11,6 +11,7 @@ from typing import Any
 from dlmone_fast.config.section import shown
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.samplers.grids import METHODS
+from dlmone_fast.tokenizer import Tokenizer
 
 MAX_CANDIDATES = 64
 MAX_BATCH_SIZE = 4096
@@ -149,6 +150,16 @@ def prompts_of(batch: str | Sequence[str]) -> list[str]:
         if not isinstance(prompt, str):
             raise PromptError(f"batch[{index}] must be a str, got {type(prompt).__name__}")
     return list(batch)
+
+
+def refuse_longest(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> None:
+    """Refuse sources of more than `limit` ids that would take long to be tokenised first."""
+    for place, text in enumerate(texts):
+        if isinstance(text, str) and tokenizer.is_surely_longer(text, limit):
+            raise PromptError(
+                f"texts[{place}]: more than {limit} tokens with [CLS] and [SEP], which is the "
+                "limit; shorten it or pass on_overflow='truncate'"
+            )
 
 
 def seeds_of(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
