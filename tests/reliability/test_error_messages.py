@@ -175,7 +175,7 @@ TABLE: dict[str, list[Way]] = {
     "UsageError": [
         Way(_asked("ba", num_candidates=0), "got 0", "num_candidates", "from 1 to 64"),
         Way(_asked("ba", sampler="ddim"), "need a teacher", "sampler='ddim'",
-            "only choice is steps"),
+            "choices are steps"),
         Way(lambda f, p: evaluate.main([]), "got neither", "MODEL", "see --help"),
         Way(lambda f, p: dlmone_fast.from_pretrained("owner/name"), "no folder here",
             "owner/name", "pass download=True"),
