@@ -136,7 +136,7 @@ def evaluate_release(
 
 
 def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, float]:
-    """The stage whose student has the higher BLEU in one call, and its temperature.
+    """The stage whose student is the better one in one call, and its temperature.
 
     Both chosen on the validation split, each stage at its own best temperature.
     """
@@ -145,7 +145,7 @@ def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, 
         say(f"{stage} on the validation split")
         found[stage] = _choose(result, result.workspace.model(stage), 1, None, True, say)
     # The second stage unless it is worse.
-    best = max(("stage2", "stage1"), key=lambda stage: found[stage].bleu)
+    best = max(("stage2", "stage1"), key=lambda stage: found[stage])
     return best, found[best].temperature
 
 
@@ -168,14 +168,14 @@ def _choose(
     folder: Path,
     steps: int,
     sampler: str | None,
-    diverse: bool,
+    student: bool,
     say: Callable[[str], None],
 ) -> Chosen:
     config = result.workspace.config
     rows = load_rows(result.workspace.data_dir, "valid", limit=config.distill.validation_rows)
     return choose_temperature(
         result.root / f"temperature-{folder.name}.json", _load(result, folder), rows,
-        steps=steps, sampler=sampler, seed=config.seed, diverse=diverse, say=say,
+        steps=steps, sampler=sampler, seed=config.seed, student=student, say=say,
     )  # fmt: skip
 
 

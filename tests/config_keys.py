@@ -96,6 +96,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "distill.pairs.batch_size": (1, 1 << 20),
     "distill.pairs.save_every": (1, 10_000_000),
     "distill.logit_clamp": (0, 1000),
+    "distill.selection_max_self_bleu": (0, 1),
     "distill.validation_rows": (1, 1_000_000),
     "distill.diagnose_every": (1, 10_000_000),
     **{

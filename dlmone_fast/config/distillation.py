@@ -178,6 +178,9 @@ class DistillConfig(Section):
     selection_metric: str = "bleu"
     """Validation score that chooses the best checkpoint: bleu, ibleu, or balanced (grammar only:
     the mean of joint correctness and coverage of both registers, so that no collapse wins)."""
+    selection_max_self_bleu: float = 1.0
+    """A checkpoint whose texts of one source are more alike than this (self-BLEU) is the best one
+    only until there is another: by BLEU alone a student that always says the same wins."""
     validation_rows: int = 2000
     diagnose_every: int = 500
     """θ updates between the slow diagnostics (fake-net lag, gradient norms of both terms)."""
@@ -197,7 +200,7 @@ class DistillConfig(Section):
         one_of(self, ("token_head", "channel_mean"), "discriminator")
         one_of(self, ("bleu", "ibleu", "balanced"), "selection_metric")
         within(self, 0, 20, "decodable_margin")
-        within(self, 0, 1, "pad_weight")
+        within(self, 0, 1, "pad_weight", "selection_max_self_bleu")
         within(self, 0, 1000, "logit_clamp")
         within(self, 1, 1_000_000, "validation_rows")
         within(self, 1, 10_000_000, "diagnose_every")

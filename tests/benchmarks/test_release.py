@@ -14,7 +14,7 @@ from benchmarks import release_evaluation, train_release
 from benchmarks.release_cost import PhaseCost, phase_costs
 from benchmarks.release_data import overlap
 from benchmarks.release_evaluation import table
-from benchmarks.release_temperature import TEMPERATURES, choose_temperature
+from benchmarks.release_temperature import OF_STUDENTS, OF_TEACHERS, choose_temperature
 from benchmarks.train_release import SCHEDULES, release_config
 from dlmone_fast.errors import InterruptedAndSavedError, UsageError
 from dlmone_fast.evaluation.run import evaluate_model
@@ -103,8 +103,8 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
     assert {str(tensor.dtype) for tensor in folder.tensors.values()} == {"torch.bfloat16"}
     # Chosen among all on the validation split.
     measured = json.loads((root / "temperature-teacher.json").read_text())
-    assert set(measured) == {str(t) for t in TEMPERATURES}
-    assert folder.generation_config["temperature"] in TEMPERATURES
+    assert set(measured) == {str(t) for t in OF_TEACHERS}
+    assert folder.generation_config["temperature"] in OF_STUDENTS
     evaluation = folder.read_json("evaluation.json")
     assert [cost["phase"] for cost in evaluation["cost"]] == [
         "teacher", "pairs", "stage1", "stage2",
@@ -160,7 +160,7 @@ class FinishedRun:
 
     def keep(self, stage: str, **changed: dict[str, float]) -> None:
         usual = {"bleu": 0.1, "ibleu": 0.0, "source_bleu": 0.2, "self_bleu": 0.3}
-        scores = {str(t): usual | changed.get(f"t{t}", {}) for t in TEMPERATURES}
+        scores = {str(t): usual | changed.get(f"t{t}", {}) for t in {*OF_TEACHERS, *OF_STUDENTS}}
         (self.root / f"temperature-{stage}.json").write_text(json.dumps(scores), encoding="utf-8")
 
 
@@ -175,6 +175,9 @@ def test_the_second_stage_is_released_unless_it_is_worse(
     assert choose() == ("stage2", 0.3)
     finished.keep("stage1", **{"t0.5": {"bleu": 0.21}})
     assert choose() == ("stage1", 0.5)
+    # One that always says the same is not better.
+    finished.keep("stage1", **{f"t{t}": {"bleu": 0.3, "self_bleu": 0.5} for t in OF_STUDENTS})
+    assert choose() == ("stage2", 0.3)
 
 
 def test_a_temperature_is_chosen_among_texts_that_neither_copy_nor_repeat(
@@ -184,23 +187,23 @@ def test_a_temperature_is_chosen_among_texts_that_neither_copy_nor_repeat(
     finished.keep(
         "model",
         **{
-            "t0.0": {"bleu": 0.5, "source_bleu": 0.46},
-            "t0.1": {"bleu": 0.4, "self_bleu": 0.41},
-            "t0.2": {"bleu": 0.3, "source_bleu": 0.45, "self_bleu": 0.4},
+            "t0.7": {"bleu": 0.5, "source_bleu": 0.46},
+            "t0.3": {"bleu": 0.4, "self_bleu": 0.41},
+            "t0.5": {"bleu": 0.3, "source_bleu": 0.45, "self_bleu": 0.4},
         },
     )
 
-    def choose(diverse: bool) -> float:
+    def choose(student: bool) -> float:
         return choose_temperature(
             tmp_path / "temperature-model.json", None, [],  # type: ignore[arg-type]
-            steps=1, sampler=None, seed=0, diverse=diverse, say=print,
+            steps=1, sampler=None, seed=0, student=student, say=print,
         ).temperature  # fmt: skip
 
-    assert choose(diverse=True) == 0.2
-    assert choose(diverse=False) == 0.1
+    assert choose(student=True) == 0.5
+    assert choose(student=False) == 0.3
     # None within the bounds: as the model was trained.
-    finished.keep("model", **{f"t{t}": {"source_bleu": 0.9} for t in TEMPERATURES})
-    assert choose(diverse=False) == 1.0
+    finished.keep("model", **{f"t{t}": {"source_bleu": 0.9} for t in OF_TEACHERS})
+    assert choose(student=False) == 1.0
 
 
 def test_what_one_text_cannot_have_is_left_empty():
