@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,8 @@ def _grammar(config: Config) -> dict[str, float]:
 
 def _student(config: Config) -> dict[str, float]:
     """A student of the seed's one teacher, which the first case trains."""
-    root = Path(config.output_dir)
-    teacher = train_teacher(replace(config, output_dir=str(root.parent / f"teacher-{config.seed}")))
+    folder = Path(config.output_dir).parent / f"student-teacher-{config.seed}"
+    teacher = train_teacher(resolve("grammar", output_dir=str(folder), seed=config.seed))
     student = distill(config, teacher)
     calls: list[tuple[int, str | None]] = [(count, None) for count in _STUDENT_CALLS]
     return _joint(student, config, calls)

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.release_cost import phase_costs, slices
+from benchmarks.release_temperature import Chosen, choose_temperature
 from dlmone_fast.data.rows import Row, load_rows
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.run import evaluate_model
@@ -88,6 +89,7 @@ class _System:
     texts: int
     rows: Sequence[Row]
     sampler: str | None = None
+    temperature: float | None = None
 
 
 def evaluate_release(
@@ -110,7 +112,7 @@ def evaluate_release(
     kept = result.root / "evaluation" / hash_file(student / MANIFEST_NAME)[:16]
     kept.mkdir(parents=True, exist_ok=True)
     found: list[Scored] = []
-    for index, system in enumerate(_systems(result, student, budget)):
+    for index, system in enumerate(_systems(result, student, budget, say)):
         file = kept / f"{index}-of-{len(system.rows)}-rows.json"
         if not file.exists():
             limit.check("the rest of the evaluation")
@@ -133,21 +135,18 @@ def evaluate_release(
     }
 
 
-def better_student(result: RunResult, say: Callable[[str], None]) -> str:
-    """The stage whose student has the higher iBLEU on the validation split, in one call."""
-    workspace = result.workspace
-    count = workspace.config.distill.validation_rows
-    rows = load_rows(workspace.data_dir, "valid", limit=count)
-    scores = {}
+def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, float]:
+    """The stage whose student is the better one in one call, and its temperature.
+
+    Both chosen on the validation split, each stage at its own best temperature.
+    """
+    found = {}
     for stage in ("stage1", "stage2"):
-        found = evaluate_model(
-            _load(result, workspace.model(stage)), rows=rows, num_candidates=4,
-            seed=workspace.config.seed, batch_size=_BATCH_SIZE, bootstrap=0, progress=False,
-        )  # fmt: skip
-        scores[stage] = found["ibleu"]
-        say(f"{stage} on the validation split: iBLEU {found['ibleu']:.4f}")
+        say(f"{stage} on the validation split")
+        found[stage] = _choose(result, result.workspace.model(stage), 1, None, True, say)
     # The second stage unless it is worse.
-    return max(("stage2", "stage1"), key=lambda stage: scores[stage])
+    best = max(("stage2", "stage1"), key=lambda stage: found[stage])
+    return best, found[best].temperature
 
 
 def table(rows: Sequence[Scored], task: str) -> Table:
@@ -164,14 +163,37 @@ def table(rows: Sequence[Scored], task: str) -> Table:
     return found
 
 
-def _systems(result: RunResult, folder: Path, budget: Budget) -> Iterator[_System]:
+def _choose(
+    result: RunResult,
+    folder: Path,
+    steps: int,
+    sampler: str | None,
+    student: bool,
+    say: Callable[[str], None],
+) -> Chosen:
+    config = result.workspace.config
+    rows = load_rows(result.workspace.data_dir, "valid", limit=config.distill.validation_rows)
+    return choose_temperature(
+        result.root / f"temperature-{folder.name}.json", _load(result, folder), rows,
+        steps=steps, sampler=sampler, seed=config.seed, student=student, say=say,
+    )  # fmt: skip
+
+
+def _systems(
+    result: RunResult, folder: Path, budget: Budget, say: Callable[[str], None]
+) -> Iterator[_System]:
     rows = load_rows(result.workspace.data_dir, "test", limit=budget.rows or None)
     some = rows[: budget.mbr_rows or len(rows)]
     assert result.teacher is not None
     student, teacher = _load(result, folder), _load(result, result.teacher)
+    few, sampler = TEACHER_STEPS[0], "q-sampling"
+    yield _System("teacher, ddim", teacher, few, 1, rows, "ddim", 1.0)
+    say("teacher on the validation split")
+    cold = _choose(result, result.teacher, few, sampler, False, say).temperature
+    name = f"teacher, {sampler}, temperature {cold:g}"
     for calls in TEACHER_STEPS:
-        yield _System("teacher, ddim", teacher, calls, 1, rows, "ddim")
-    yield _System("teacher, ddim", teacher, TEACHER_STEPS[0], CANDIDATES, some, "ddim")
+        yield _System(name, teacher, calls, 1, rows, sampler, cold)
+    yield _System(name, teacher, few, CANDIDATES, some, sampler, cold)
     once = Generator(teacher.denoiser, student.tokenizer, student.settings, "fp32")
     yield _System("undistilled (θ = φ)", once, 1, 1, rows)
     for calls in STUDENT_STEPS:
@@ -186,8 +208,8 @@ def _load(result: RunResult, folder: Path) -> Generator:
 def _scored(system: _System, seed: int) -> list[Scored]:
     scores = evaluate_model(
         system.model, rows=list(system.rows), num_candidates=system.texts, mbr=system.texts > 1,
-        steps=system.calls, sampler=system.sampler, seed=seed, batch_size=_BATCH_SIZE,
-        progress=False,
+        steps=system.calls, sampler=system.sampler, temperature=system.temperature, seed=seed,
+        batch_size=_BATCH_SIZE, progress=False,
     )  # fmt: skip
     sources = len(system.rows)
     found = [_row(system.name, system.calls, system.texts, sources, scores)]

@@ -77,19 +77,26 @@ was not judged by people.
 """
 
 
-def save_candidate(result: RunResult, stage: str) -> Path:
+def save_candidate(result: RunResult, stage: str, temperature: float) -> Path:
     """The student of a stage in bf16, in the run's folder `candidate`: what is evaluated."""
-    return _save(result, stage, result.root / "candidate", "Not evaluated yet.\n", {})
+    path = result.root / "candidate"
+    return _save(result, stage, temperature, path, "Not evaluated yet.\n", {})
 
 
 def save_release(
-    result: RunResult, stage: str, schedule: str, evaluation: dict[str, Any], terms: str
+    result: RunResult,
+    stage: str,
+    temperature: float,
+    schedule: str,
+    evaluation: dict[str, Any],
+    terms: str,
 ) -> Path:
     """The same weights in the run's folder `release`, with evaluation, configuration and card.
 
     Args:
         result: the run.
         stage: whose student it is.
+        temperature: the student's default.
         schedule: name of the schedule.
         evaluation: what evaluation.json is to hold.
         terms: of the data.
@@ -113,10 +120,17 @@ def save_release(
         case=" in lower case" if config.data.lowercase else "",
     )  # fmt: skip
     extra = {"evaluation.json": evaluation, "training.json": to_dict(_portable(config))}
-    return _save(result, stage, result.root / "release", card, extra)
+    return _save(result, stage, temperature, result.root / "release", card, extra)
 
 
-def _save(result: RunResult, stage: str, path: Path, card: str, extra: dict[str, Any]) -> Path:
+def _save(
+    result: RunResult,
+    stage: str,
+    temperature: float,
+    path: Path,
+    card: str,
+    extra: dict[str, Any],
+) -> Path:
     trained = load_folder(result.workspace.model(stage))
     tensors = {
         name: tensor.bfloat16() if tensor.is_floating_point() else tensor
@@ -128,7 +142,7 @@ def _save(result: RunResult, stage: str, path: Path, card: str, extra: dict[str,
         config={k: trained.config[k] for k in ("kind", "model", "diffusion", "source")},
         tensors=tensors,
         tokenizer_json=trained.tokenizer_path.read_text(encoding="utf-8"),
-        generation_config=trained.generation_config,
+        generation_config={**trained.generation_config, "temperature": temperature},
         card=card,
         extra_json=extra,
         max_shard_bytes=MAX_SHARD_BYTES,

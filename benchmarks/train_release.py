@@ -21,7 +21,12 @@ from pathlib import Path
 
 from benchmarks.records import device_name
 from benchmarks.release_data import TERMS
-from benchmarks.release_evaluation import Budget, better_student, evaluate_release, table
+from benchmarks.release_evaluation import (
+    Budget,
+    better_student,
+    evaluate_release,
+    table,
+)
 from benchmarks.release_folder import save_candidate, save_release
 from dlmone_fast.cli import run_command
 from dlmone_fast.config import Config, from_dict, load_toml, merge, resolve, to_dict
@@ -47,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = Budget.of(options)
     try:
         result = run(config, started=started)
-        stage = better_student(result, _say)
-        candidate = save_candidate(result, stage)
+        stage, temperature = better_student(result, _say)
+        candidate = save_candidate(result, stage, temperature)
         evaluation = evaluate_release(result, candidate, budget, _say)
     finally:
         _note_slice(config, started)
-    folder = save_release(result, stage, options.schedule, evaluation, terms)
+    folder = save_release(result, stage, temperature, options.schedule, evaluation, terms)
     print(table(evaluation["rows"], config.data.task).markdown())
     _say(f"model folder: {folder}")
     return 0

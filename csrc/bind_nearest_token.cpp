@@ -1,83 +1,86 @@
 #include <pybind11/stl.h>
 
-#include "bindings.h"
+#include <optional>
+
 #include "cpu/nearest_token.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace dlmone {
 namespace {
 
+constexpr const char* kOp = "nearest_token";
+
 void check(bool holds, const std::string& message) { require(holds, "nearest_token: " + message); }
 
-void check_matrix(const char* name, std::uintptr_t address, int64_t rows, int64_t stride,
-                  int64_t d) {
-  const std::string label(name);
-  check(rows >= 0, label + " has a negative number of rows: " + std::to_string(rows));
-  check(rows == 0 || address != 0, label + " is a null pointer");
-  check(address % alignof(float) == 0, label + " is not aligned to 4 bytes");
-  check(stride >= 0, label + " has a negative row stride: " + std::to_string(stride));
-  int64_t extent = 0;
-  const bool overflows = __builtin_mul_overflow(rows, stride, &extent) ||
-                         __builtin_add_overflow(extent, d, &extent) || extent > (int64_t{1} << 60);
-  check(!overflows, label + " does not fit the address space");
-}
-
-void check_packed(std::uintptr_t packed) {
-  check(packed % cpu::kPackedAlignment == 0,
-        "packed is not aligned to " + std::to_string(cpu::kPackedAlignment) + " bytes");
-}
-
-void check_width(int64_t d) {
+void check_table(int64_t v, int64_t d) {
   check(d >= 1 && d <= (int64_t{1} << 20), "d must lie in [1, 2^20], got " + std::to_string(d));
+  check(v >= 1 && v <= (int64_t{1} << 40), "v must lie in [1, 2^40], got " + std::to_string(v));
 }
 
 int64_t packed_bytes(int64_t v, int64_t d, const std::string& path) {
-  check_width(d);
-  check(v >= 1 && v <= (int64_t{1} << 40), "v must lie in [1, 2^40], got " + std::to_string(v));
+  check_table(v, d);
   return cpu::packed_bytes(v, d, path);
 }
 
-void pack_vocabulary(std::uintptr_t e, int64_t v, int64_t e_stride, int64_t d, int threads,
-                     const std::string& path, std::uintptr_t packed, int64_t bytes) {
-  check_width(d);
-  check(v >= 1, "the vocabulary is empty");
-  check_threads("nearest_token", threads);
-  check_matrix("embedding", e, v, e_stride, d);
-  check_packed(packed);
-  check(packed != 0 && bytes == packed_bytes(v, d, path), "packed has the wrong size");
-  cpu::NearestToken job = {};
-  job.e = reinterpret_cast<const float*>(e);
-  job.v = v;
-  job.e_stride = e_stride;
-  job.d = d;
-  job.threads = threads;
-  const py::gil_scoped_release unlocked;
-  cpu::pack_vocabulary(job, path, reinterpret_cast<void*>(packed));
+TensorView table_of(const py::object& embedding) {
+  const TensorView table(kOp, "embedding", embedding, Element::kFloat, 2);
+  check_table(table.size(0), table.size(1));
+  return table.with_dense_rows();
 }
 
-void nearest_token(std::uintptr_t x, int64_t n, int64_t x_stride, std::uintptr_t e, int64_t v,
-                   int64_t e_stride, int64_t d, std::uintptr_t ids, int threads,
-                   const std::string& path, std::uintptr_t margins, std::uintptr_t packed) {
-  check_width(d);
-  check(v >= 1, "the vocabulary is empty");
-  check_threads("nearest_token", threads);
-  check_matrix("x", x, n, x_stride, d);
-  check_matrix("embedding", e, v, e_stride, d);
-  check(n == 0 || (ids != 0 && ids % alignof(int64_t) == 0), "ids is a null or misaligned pointer");
-  check(margins % alignof(float) == 0, "margins is a misaligned pointer");
-  check_packed(packed);
-  const cpu::NearestToken job = {reinterpret_cast<const float*>(x),
-                                 n,
-                                 x_stride,
-                                 reinterpret_cast<const float*>(e),
-                                 v,
-                                 e_stride,
-                                 d,
-                                 reinterpret_cast<int64_t*>(ids),
-                                 reinterpret_cast<float*>(margins),
-                                 threads,
-                                 reinterpret_cast<const void*>(packed)};
+TensorView packed_of(const py::object& packed, const TensorView& table, const std::string& path) {
+  const TensorView view(kOp, "packed", packed, Element::kByte, 1);
+  view.sized({cpu::packed_bytes(table.size(0), table.size(1), path)});
+  return view.contiguous().aligned(cpu::kPackedAlignment);
+}
+
+cpu::NearestToken job_of(const TensorView& table, int threads) {
+  check_threads(kOp, threads);
+  cpu::NearestToken job = {};
+  job.e = table.data<const float>();
+  job.v = table.size(0);
+  job.e_stride = table.row_stride();
+  job.d = table.size(1);
+  job.threads = threads;
+  return job;
+}
+
+void pack_vocabulary(const py::object& embedding, const py::object& packed, int threads,
+                     const std::string& path) {
+  const TensorView table = table_of(embedding);
+  const TensorView out = packed_of(packed, table, path).apart_from(table);
+  const cpu::NearestToken job = job_of(table, threads);
+  const py::gil_scoped_release unlocked;
+  cpu::pack_vocabulary(job, path, out.data<void>());
+}
+
+void nearest_token(const py::object& x, const py::object& embedding, const py::object& ids,
+                   int threads, const std::string& path, const py::object& margins,
+                   const py::object& packed) {
+  const TensorView table = table_of(embedding);
+  cpu::NearestToken job = job_of(table, threads);
+  const TensorView rows(kOp, "x", x, Element::kFloat, 2);
+  job.n = rows.size(0);
+  rows.sized({job.n, job.d}).with_dense_rows();
+  const TensorView found(kOp, "ids", ids, Element::kInteger, 1);
+  found.sized({job.n}).contiguous().apart_from(rows).apart_from(table);
+  job.x = rows.data<const float>();
+  job.x_stride = rows.row_stride();
+  job.ids = found.data<int64_t>();
+  std::optional<TensorView> gaps;
+  if (!margins.is_none()) {
+    gaps.emplace(kOp, "margins", margins, Element::kFloat, 1);
+    gaps->sized({job.n}).contiguous().apart_from(rows).apart_from(table).apart_from(found);
+    job.margins = gaps->data<float>();
+  }
+  if (!packed.is_none()) {
+    const TensorView made = packed_of(packed, table, path);
+    found.apart_from(made);
+    if (gaps) gaps->apart_from(made);
+    job.packed = made.data<const void>();
+  }
   const py::gil_scoped_release unlocked;
   cpu::nearest_token(job, path);
 }
@@ -89,15 +92,15 @@ void bind_nearest_token(py::module_& m) {
         "Instruction-set paths this CPU runs, the fastest first.");
   m.def("packed_bytes", &packed_bytes, py::arg("v"), py::arg("d"), py::arg("path"),
         "Size of a packed vocabulary for one path.");
-  m.def("pack_vocabulary", &pack_vocabulary, py::arg("embedding"), py::arg("v"),
-        py::arg("e_stride"), py::arg("d"), py::arg("threads"), py::arg("path"), py::arg("packed"),
-        py::arg("bytes"),
-        "Writes what a path would otherwise make of the table at every call to `packed`.");
-  m.def("nearest_token", &nearest_token, py::arg("x"), py::arg("n"), py::arg("x_stride"),
-        py::arg("embedding"), py::arg("v"), py::arg("e_stride"), py::arg("d"), py::arg("ids"),
-        py::arg("threads"), py::arg("path") = "", py::arg("margins") = 0, py::arg("packed") = 0,
-        "ids[i] = argmin_v |x_i - e_v|^2 for fp32 rows at the addresses x and embedding; with the "
-        "address of n fp32 numbers in margins, also how much further the next id is.");
+  m.def("pack_vocabulary", &pack_vocabulary, py::arg("embedding"), py::arg("packed"),
+        py::arg("threads"), py::arg("path"),
+        "Writes what a path would otherwise make of the table at every call to `packed`, uint8 "
+        "[packed_bytes], aligned to 64 bytes.");
+  m.def("nearest_token", &nearest_token, py::arg("x"), py::arg("embedding"), py::arg("ids"),
+        py::arg("threads"), py::arg("path") = "", py::arg("margins") = py::none(),
+        py::arg("packed") = py::none(),
+        "ids [n] = argmin_v |x_i - e_v|^2 for fp32 x [n, d] and embedding [v, d] with contiguous "
+        "rows; with margins fp32 [n] also how much further the next id is.");
 }
 
 }  // namespace dlmone

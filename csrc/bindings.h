@@ -1,5 +1,6 @@
-// One function per operation that adds it to the Python module. Raw addresses come in, nothing of
-// torch, so one build serves every torch version; the Python side keeps the tensors alive.
+// One function per operation that adds it to the Python module. Nothing of torch is linked, so one
+// build serves every torch version: tensors come in through DLPack (tensors.h), those on a GPU as
+// raw addresses. The caller keeps them alive.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, TextIO, TypeVar, Union
 
 from dlmone_fast.errors import EXIT_INTERRUPTED, EXIT_MODEL, EXIT_OK, DlmOneError
 
@@ -128,25 +128,33 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except DlmOneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader went away (`... | head`).
-        _discard_stdout()
+        _discard(sys.stdout)
         sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _discard_stdout()
+        _discard(sys.stdout)
         where = error.filename or "standard output"
-        print(f"error: {where}: {error.strerror}; free space and run it again", file=sys.stderr)
+        _tell(f"error: {where}: {error.strerror}; free space and run it again")
         sys.exit(EXIT_MODEL)
     sys.exit(EXIT_OK if code is None else code)
 
 
-def _discard_stdout() -> None:
+def _tell(message: str) -> None:
+    """Print on stderr; the exit code must be right also where that goes to a full disk."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
     # The interpreter flushes what is left when it ends, and must not fail at that again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

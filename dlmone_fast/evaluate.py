@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from dlmone_fast.cli import OptionalInt, OptionalStr, OptionalStrs, parse, run_command
+from dlmone_fast.cli import (
+    OptionalFloat,
+    OptionalInt,
+    OptionalStr,
+    OptionalStrs,
+    parse,
+    run_command,
+)
 from dlmone_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +51,8 @@ class EvaluateArgs:
     """Network calls per text; default: the model's own."""
     sampler: OptionalStr = None
     """Sampler name; default: the model's own."""
+    temperature: OptionalFloat = None
+    """Factor of all noise: below 1 texts are likelier and less diverse; default: the model's."""
     seed: int = 0
     """Seed of generation and of the bootstrap."""
     batch_size: int = 64
@@ -162,6 +171,7 @@ def _from_model(args: EvaluateArgs, task: str) -> tuple[str, dict[str, Any]]:
         mbr=args.mbr,
         steps=args.steps,
         sampler=args.sampler,
+        temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size,
         max_rows=args.max_rows,

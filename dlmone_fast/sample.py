@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
 
 from tyro.conf import Positional, arg
 
-from dlmone_fast.cli import OptionalInt, OptionalStr, parse, run_command
+from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
 from dlmone_fast.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class SampleArgs:
     """Network calls per text; default: the model's own."""
     sampler: OptionalStr = None
     """Sampler of a teacher; default: the model's own."""
+    temperature: OptionalFloat = None
+    """Factor of all noise: below 1 texts are likelier and less diverse; default: the model's."""
     num_candidates: int = 1
     """Texts per source, each from its own noise; several need --mbr or jsonl."""
     mbr: bool = False
@@ -133,7 +135,10 @@ def numbered_lines(path: str | None) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes")
+                    raise DataError(
+                        f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes; expected one "
+                        "source a line"
+                    )
                 yield number, line.rstrip(b"\r\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -220,6 +225,7 @@ def _generated(
                 seeds=row_seeds(args.seed, len(window), count.rows),
                 batch_size=args.batch_size,
                 sampler=args.sampler,
+                temperature=args.temperature,
                 on_overflow="truncate",
                 progress=False,
             )

@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tests/reliability with the full counts of docs/reliability.md",
     )
     group.addoption("--figures", metavar="FILE", help="write what tests/reliability measured, JSON")
+    group.addoption(
+        "--record-golden",
+        action="store_true",
+        help="write the losses that tests/reliability/test_golden_losses.py compares with",
+    )
 
 
 def _optional_directory(variable: str, default: Path) -> Path:

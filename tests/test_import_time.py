@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from startup import best_seconds, seconds_allowed
 
 import dlmone_fast
 
@@ -18,34 +18,12 @@ COMMANDS = [
     for name in ("train", "evaluate", "sample", "serve", "import_diffuseq", "doctor")
     if (PACKAGE / f"{name}.py").exists()
 ]
-LIMIT_SECONDS = 0.3
-# A machine may be slow, or slowed by its neighbours, so that bare Python takes long to start.
-BARE_STARTS = 9
-TRIES = 6
 
 
 def heavy_modules_after(statement: str) -> str:
     code = f"import sys; {statement}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def best_seconds(arguments: list[str], until: float = LIMIT_SECONDS) -> float:
-    """Processor seconds of a Python process, the best of a few; wall time measures neighbours."""
-    best = float("inf")
-    for _ in range(TRIES):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-        best = min(best, spent)
-        if best < until:
-            break
-    return best
-
-
-def seconds_allowed() -> float:
-    return max(LIMIT_SECONDS, BARE_STARTS * best_seconds(["-c", "pass"], until=0.0))
 
 
 @pytest.mark.parametrize(

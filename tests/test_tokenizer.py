@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlmone_fast import tokenizer as module
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dlmone_fast.wordpiece import learn_pieces
@@ -156,6 +158,59 @@ def test_long_texts_are_refused_before_they_are_tokenised(tokenizer: Tokenizer) 
         tokenizer.encode(["a" * 10_000_000])
     assert time.perf_counter() - started < 0.5
     assert len(tokenizer.encode(["a " * 10_000])[0]) == 10_002
+
+
+def test_what_counts_as_a_token_for_sure_is_one(tokenizer: Tokenizer) -> None:
+    """Every character of the two classes, by the tokenizer itself."""
+
+    def texts_and_ids(form: str, characters: list[str]) -> dict[str, int]:
+        encoded = tokenizer.encode([form.format(c) for c in characters])
+        return {c: len(ids) - 2 for c, ids in zip(characters, encoded, strict=True)}
+
+    every = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c <= 0xDFFF]
+    alone = re.compile(f"[{module._ALONE}]")
+    split_off = texts_and_ids("a{}a", [c for c in every if alone.match(c)])
+    assert len(split_off) > 20_000
+    assert {c: ids for c, ids in split_off.items() if ids != 3} == {}
+    lasting = texts_and_ids("{}", [c for c in every if module._SURE_TOKEN.match(c)])
+    assert len(lasting) > 100_000
+    assert {c: ids for c, ids in lasting.items() if ids < 1} == {}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(min_size=1, max_size=6),
+            st.sampled_from(["a", " ", "\x1c", "\x85", "\u2028", "\u00a0", "\u3000", "\u0301", "_",
+                             "\u200d", "😀", "。", "中", "각", "ﷺ", "[SEP]", "\n", "x" * 101]),
+        ),
+        max_size=30,
+    ).map("".join)
+)  # fmt: skip
+def test_no_text_is_called_longer_than_it_is(tokenizer: Tokenizer, text: str) -> None:
+    sure = sum(1 for _ in module._SURE_TOKEN.finditer(text))
+    try:
+        ids = tokenizer.encode([text])[0]
+    except PromptError:
+        return
+    assert sure <= len(ids) - 2
+
+
+def test_long_texts_are_known_to_be_long_in_microseconds(tokenizer: Tokenizer) -> None:
+    for text in ("cat " * 5000, "中" * 20_000, "." * 20_000, "😀 " * 10_000, "да " * 6000):
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            assert tokenizer.is_surely_longer(text, 130)
+            seconds.append(time.perf_counter() - started)
+        assert min(seconds) < 1e-3
+    words = "cat " * 500
+    assert tokenizer.is_surely_longer(words, 501)
+    assert not tokenizer.is_surely_longer(words, 502)
+    # Short ones are soon tokenised; what is too long for that says so itself.
+    assert not tokenizer.is_surely_longer("cat " * 100, 10)
+    assert not tokenizer.is_surely_longer("cat " * 10_000, 10)
 
 
 def test_save_and_load_agree_on_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:

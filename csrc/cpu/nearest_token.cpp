@@ -237,6 +237,15 @@ void search_again(const NearestToken& job, const std::vector<int64_t>& tokens) {
   }
 }
 
+void check_packed(const NearestToken& job, const std::string& path) {
+  const auto& header = *static_cast<const PackedHeader*>(job.packed);
+  const int32_t layout = on_bytes(path) ? kBytesLayout : choose_kernel(path).lanes;
+  if (header.v != job.v || header.d != job.d || header.layout != layout) {
+    throw std::invalid_argument(
+        "nearest_token: packed was made of another table or for another path");
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> supported_paths() {
@@ -267,6 +276,7 @@ void nearest_token(const NearestToken& job, const std::string& path) {
   if (on_bytes(path) && job.packed == nullptr) {
     throw std::invalid_argument("nearest_token: the path '" + path + "' needs a packed table");
   }
+  if (job.packed != nullptr) check_packed(job, path);
   for (int64_t first = 0; first < job.n; first += kChunk) {
     NearestToken part = job;
     part.x += first * job.x_stride;

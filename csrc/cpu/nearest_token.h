@@ -38,7 +38,8 @@ void pack_vocabulary(const NearestToken& job, const std::string& path, void* pac
 // a second finite distance, 0 without a first.
 // `path` is a name from supported_paths(), or empty for the fastest that can read what it is given:
 // paths of 8-bit integers read packed tables only.
-// Throws std::invalid_argument when the path does not exist here or needs a packed table.
+// Throws std::invalid_argument when the path does not exist here or needs a packed table, and when
+// the packed one is another's.
 void nearest_token(const NearestToken& job, const std::string& path);
 
 }  // namespace dlmone::cpu

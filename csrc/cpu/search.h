@@ -47,8 +47,15 @@ struct Scored {
   float score;
 };
 
+// Records of 8-bit integers; those of fp32 are told apart by the lanes of their kernel.
+constexpr int32_t kBytesLayout = 0;
+
 // First cache line of a packed vocabulary; a record for every panel follows.
 struct alignas(kPackedAlignment) PackedHeader {
+  // What was packed, and how: a reader of anything else would leave the records.
+  int64_t v;
+  int64_t d;
+  int32_t layout;
   float largest_half_norm;
   // For integers alone: largest norms of a row as stored and of what storing it lost, and whether
   // every row could be stored.

@@ -283,7 +283,7 @@ int64_t bytes_packed_bytes(int64_t v, int64_t d) {
 
 void pack_bytes(const NearestToken& job, void* packed) {
   auto* header = static_cast<PackedHeader*>(packed);
-  *header = {};
+  *header = {job.v, job.d, kBytesLayout, 0.0f, 0.0f, 0.0f, 0};
   if (job.d > kLargestWidth) return;
   auto* records = reinterpret_cast<int8_t*>(header + 1);
   const int64_t panels = ceil_div(job.v, kPanelRows);

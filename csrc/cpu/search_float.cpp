@@ -129,7 +129,7 @@ void pack_floats(const NearestToken& job, const TileKernel& kernel, void* packed
     largest =
         std::max(largest, pack_panel(job, kernel, panel, records + panel * record_size(job.d)));
   }
-  *header = {largest, 0.0f, 0.0f, 1};
+  *header = {job.v, job.d, kernel.lanes, largest, 0.0f, 0.0f, 1};
 }
 
 }  // namespace dlmone::cpu

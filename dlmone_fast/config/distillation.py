@@ -126,9 +126,11 @@ class PairsConfig(Section):
     per_source: int = 4
     """Noises for each source row; rows follow a seeded order over the training split."""
     sampler: str = "ddim"
-    """ddim or dpm-solver++: solvers of the teacher's ODE."""
+    """ddim or dpm-solver++, solvers of the teacher's ODE; or q-sampling."""
     steps: int = 20
     """Network calls for each pair."""
+    temperature: float = 1.0
+    """Factor of the sampler's noise: a small teacher's likelier texts are its better ones."""
     batch_size: int = 256
     """Pairs of one update."""
     save_every: int = 50
@@ -137,8 +139,9 @@ class PairsConfig(Section):
     def check(self) -> None:
         within(self, 0, 100_000_000, "count")
         within(self, 1, 1 << 20, "per_source", "batch_size")
-        one_of(self, ("ddim", "dpm-solver++"), "sampler")
+        one_of(self, ("ddim", "dpm-solver++", "q-sampling"), "sampler")
         within(self, 1, 100_000, "steps")
+        within(self, 0, 10, "temperature")
         within(self, 1, 10_000_000, "save_every")
 
     @property
@@ -175,6 +178,9 @@ class DistillConfig(Section):
     selection_metric: str = "bleu"
     """Validation score that chooses the best checkpoint: bleu, ibleu, or balanced (grammar only:
     the mean of joint correctness and coverage of both registers, so that no collapse wins)."""
+    selection_max_self_bleu: float = 1.0
+    """A checkpoint whose texts of one source are more alike than this (self-BLEU) is the best one
+    only until there is another: by BLEU alone a student that always says the same wins."""
     validation_rows: int = 2000
     diagnose_every: int = 500
     """θ updates between the slow diagnostics (fake-net lag, gradient norms of both terms)."""
@@ -194,7 +200,7 @@ class DistillConfig(Section):
         one_of(self, ("token_head", "channel_mean"), "discriminator")
         one_of(self, ("bleu", "ibleu", "balanced"), "selection_metric")
         within(self, 0, 20, "decodable_margin")
-        within(self, 0, 1, "pad_weight")
+        within(self, 0, 1, "pad_weight", "selection_max_self_bleu")
         within(self, 0, 1000, "logit_clamp")
         within(self, 1, 1_000_000, "validation_rows")
         within(self, 1, 10_000_000, "diagnose_every")

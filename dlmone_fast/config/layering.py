@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,11 @@ from dlmone_fast.config.section import Section, shown
 from dlmone_fast.errors import ConfigError
 
 _MAX_FILE_BYTES = 1 << 20
-# A key that TOML takes without quotes, of a length that fits a message.
+# Longest text in which the place of an error is looked for, at the cost of parsing it again.
+_MAX_SEARCHED = 20_000
+# Names that TOML takes without quotes, of a length that fits a message.
+_SECTION = re.compile(r"\s*\[+\s*([A-Za-z0-9_.-]{1,80})")
+_KEY = re.compile(r"\s*([A-Za-z0-9_.-]{1,80})")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -70,9 +75,13 @@ def load_toml(file: str | os.PathLike[str]) -> dict[str, Any]:
         values = tomllib.loads(text)
     # Not TOMLDecodeError alone: a number of thousands of digits is a ValueError of int().
     except ValueError as error:
-        raise ConfigError(f"--config {file}: is not valid TOML: {error}") from error
+        raise ConfigError(
+            f"--config {file}: is not valid TOML: {error}{_near(text, error)}"
+        ) from error
     except RecursionError as error:
-        raise ConfigError(f"--config {file}: is nested too deeply") from error
+        raise ConfigError(
+            f"--config {file}: is nested too deeply; expected sections of keys"
+        ) from error
     _check_keys(Config, values, "")
     return values
 
@@ -81,16 +90,46 @@ def _read(file: str | os.PathLike[str]) -> str:
     try:
         with Path(file).open("rb") as stream:
             content = stream.read(_MAX_FILE_BYTES + 1)
-        if len(content) <= _MAX_FILE_BYTES:
-            return content.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"--config {file}: cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"--config {file}: cannot be read ({error.strerror}); name the TOML file of a run"
+        ) from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError(
+            f"--config {file}: is larger than the {_MAX_FILE_BYTES:,} bytes that a configuration "
+            "may have; name the TOML file of a run"
+        )
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file}: is not UTF-8 text ({error.reason})") from error
-    raise ConfigError(
-        f"--config {file}: is larger than the {_MAX_FILE_BYTES:,} bytes that a configuration may "
-        "have; name the TOML file of a run"
-    )
+        before = content[: error.start].decode("utf-8")
+        raise ConfigError(
+            f"--config {file}: is not UTF-8 text ({error.reason}){_near_line(before, -1)}"
+        ) from error
+
+
+def _near(text: str, error: ValueError) -> str:
+    """Where a parser's error is, for its message: the key path and line, as far as known."""
+    lines = text.split("\n")
+    named = re.search(r"at line (\d+)", str(error))
+    last = int(named[1]) - 1 if named else len(lines) - 1
+    # A parser notices late what was never closed: the fault is behind the last line up to which
+    # the text is whole.
+    for end in range(last, -1, -1) if len(text) < _MAX_SEARCHED else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            tomllib.loads("\n".join(lines[:end]))
+            return _near_line(text, end)
+    return _near_line(text, last) if named else ""
+
+
+def _near_line(text: str, index: int) -> str:
+    lines = text.split("\n")
+    number = index % len(lines)
+    sections = (_SECTION.match(line) for line in reversed(lines[: number + 1]))
+    section = next((match[1] for match in sections if match), "")
+    key = _KEY.match(lines[number])
+    path = ".".join(part for part in (section, key[1] if key else "") if part)
+    return f"; see {path or 'the top'}, line {number + 1}"
 
 
 def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:

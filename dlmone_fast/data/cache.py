@@ -1,7 +1,7 @@
 """A split tokenised once: memory-mapped ids, keyed by the data's and the tokenizer's hashes.
 
 A cache is built in a hidden folder, fsynced and renamed, so a folder of the final name is
-complete; one that does not fit its `meta.json` all the same is built again. Hidden folders of
+complete; one that does not have the hashes of its `meta.json` is built again. Hidden folders of
 killed builds are never read and may be deleted.
 """
 
@@ -104,19 +104,20 @@ def _opened(folder: Path, identity: dict[str, Any]) -> TokenCache | None:
     """Return the cache in `folder`, or None where it is missing, foreign or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        if meta["identity"] != identity or meta["bytes"] != _sizes(folder):
+        # The hashes as well as the data's: a flipped id would be trained on without a word.
+        if meta["identity"] != identity or meta["sha256"] != _hashes(folder):
             return None
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in _ARRAYS
         }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError):
         return None
     if any(array.dtype.str != _ARRAYS[name] or array.ndim != 1 for name, array in arrays.items()):
         return None
     for side in ("src", "trg"):
         ids, offsets = arrays[f"{side}_ids"], arrays[f"{side}_offsets"]
-        if len(offsets) != meta["rows"] + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
+        if len(offsets) - 1 != meta.get("rows") or offsets[0] != 0 or offsets[-1] != len(ids):
             return None
     return TokenCache(folder=folder, **arrays)
 
@@ -126,7 +127,7 @@ def _build(folder: Path, identity: dict[str, Any], data_path: Path, tokenizer: T
     building = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:
         rows = _write_arrays(building, data_path, tokenizer)
-        meta = {"identity": identity, "rows": rows, "bytes": _sizes(building)}
+        meta = {"identity": identity, "rows": rows, "sha256": _hashes(building)}
         write_atomically(building / "meta.json", [json.dumps(meta, indent=2).encode()])
         _install(building, folder, identity)
     finally:
@@ -184,8 +185,8 @@ def _with_progress(rows: Iterable[Row], name: str) -> Iterator[Row]:
     return iter(tqdm(rows, desc=f"tokenising {name}", unit=" rows", leave=False))
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / f"{name}.npy").stat().st_size for name in _ARRAYS}
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: _file_hash(folder / f"{name}.npy") for name in _ARRAYS}
 
 
 def _file_hash(path: Path) -> str:

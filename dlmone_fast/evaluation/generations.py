@@ -104,7 +104,7 @@ def _parse(line: bytes, place: str) -> tuple[str, str, str]:
             raise DataError(f"{place}: key {key!r}: expected a string, {found}.")
         texts.append(clean_text(row[key], drop_padding=key == "recover"))
         if not _is_unicode(texts[-1]):
-            raise DataError(f"{place}: key {key!r}: holds a lone surrogate, which is not text.")
+            raise DataError(f"{place}: key {key!r}: expected text, it holds a lone surrogate.")
     return texts[0], texts[1], texts[2]
 
 

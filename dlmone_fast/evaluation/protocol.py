@@ -32,6 +32,7 @@ class CandidateModel(Protocol):
         seeds: Sequence[int],
         batch_size: int,
         sampler: str | None,
+        temperature: float | None,
         on_overflow: str,
         progress: bool | None,
         encoded: Sequence[Sequence[int]] | None = None,
@@ -42,8 +43,8 @@ class CandidateModel(Protocol):
         `encoded` holds the texts' ids where they were cut by `encode_jointly`; `decode`
         "diffuseq" asks for the original's decoding.
 
-        None for `steps` and `sampler` means the model's default; for `progress`, a bar on a
-        terminal.
+        None for `steps`, `sampler` and `temperature` means the model's default; for `progress`, a
+        bar on a terminal.
         """
         ...
 

@@ -35,6 +35,7 @@ def evaluate_model(
     mbr: bool = False,
     steps: int | None = None,
     sampler: str | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
     max_rows: int = 0,
@@ -58,7 +59,7 @@ def evaluate_model(
         data_dir, split: folder and split to read; or `rows` instead of both.
         num_candidates: texts per source; sentence scores are means over them.
         mbr: also score the candidate of each source that agrees most with the others.
-        steps, sampler: passed to the model; None: its defaults.
+        steps, sampler, temperature: passed to the model; None: its defaults.
         max_rows: use the first rows only; 0: all.
         bootstrap: resamples of the 95 % intervals; 0: none.
         seed: of the texts (each row has its own noise, see `row_seeds`) and of the bootstrap.
@@ -105,6 +106,7 @@ def evaluate_model(
         seeds=row_seeds(seed, len(pairs)),
         batch_size=batch_size,
         sampler=sampler,
+        temperature=temperature,
         on_overflow=on_overflow,
         progress=progress,
         encoded=encoded,
@@ -116,7 +118,10 @@ def evaluate_model(
             path = Path(generations_dir) / f"seed{seed}-candidate{index}.jsonl"
             write_generations(path, sources, references, texts)
     options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
-    settings = {"split": split if rows is None else None, "steps": steps, "sampler": sampler}
+    settings = {
+        "split": split if rows is None else None, "steps": steps, "sampler": sampler,
+        "temperature": temperature,
+    }  # fmt: skip
     return _scored(sources, references, candidates, options, {**settings, **_cost(batch)})
 
 

@@ -276,24 +276,20 @@ def _cpp(
     stream: int,
     path: str = "",
 ) -> Tensor:
-    # Names keep the contiguous copies alive until the call returns.
     source, alpha, sigma, draws = (t.contiguous() for t in (source, alpha, sigma, draws))
     ids = None if ids is None else ids.contiguous()
     targets = None if targets is None else targets.contiguous()
-    rows, length = source.shape[:2] if ids is None else ids.shape
-    out = source.new_empty(rows, length, source.shape[-1])
+    shape = source.shape if ids is None else (*ids.shape, source.shape[-1])
+    out = source.new_empty(shape)
     native.module().forward_diffusion(
-        draws=draws.data_ptr(),
-        rows=rows,
+        draws=draws,
         stream=stream,
-        positions=length,
-        channels=source.shape[-1],
-        x0=source.data_ptr(),
-        ids=0 if ids is None else ids.data_ptr(),
-        alpha=alpha.data_ptr(),
-        sigma=sigma.data_ptr(),
-        mask=0 if targets is None else targets.data_ptr(),
-        out=out.data_ptr(),
+        x0=source,
+        ids=ids,
+        alpha=alpha,
+        sigma=sigma,
+        mask=targets,
+        out=out,
         threads=native.threads_for(out.numel() * NORMAL_NS),
         path=path,
     )

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MODULE = "dlmone_fast._C"
+# How the extension reads tensors: DLPack's interface for C.
+_EXCHANGE = "__dlpack_c_exchange_api__"
 # The limit that csrc/bindings.h sets.
 _MOST_THREADS = 1024
 # Less than this is over before a team of threads pays for being woken; its threads then go on to
@@ -24,6 +26,10 @@ _BUILD_NOTE = Path(__file__).resolve().parent.parent / "_native_build.txt"
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    import torch
+
+    if not hasattr(torch.Tensor, _EXCHANGE):
+        return None, f"torch {torch.__version__} has no {_EXCHANGE}; install torch 2.10 or newer"
     try:
         return importlib.import_module(_MODULE), None
     except ImportError as error:

@@ -168,19 +168,19 @@ def _cpp_usable(rows: Tensor, table: Tensor) -> str | None:
 
 def _cpp(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> Tensor:
     ids = rows.new_empty(len(rows), dtype=torch.int64)
-    _call_native(rows, vocabulary, path, ids, 0)
+    _call_native(rows, vocabulary, path, ids, None)
     return ids
 
 
 def _cpp_with_margin(rows: Tensor, vocabulary: Vocabulary, path: str = "") -> tuple[Tensor, Tensor]:
     ids = rows.new_empty(len(rows), dtype=torch.int64)
     margin = rows.new_empty(len(rows), dtype=torch.float32)
-    _call_native(rows, vocabulary, path, ids, margin.data_ptr())
+    _call_native(rows, vocabulary, path, ids, margin)
     return ids, margin
 
 
 def _call_native(
-    rows: Tensor, vocabulary: Vocabulary, path: str, ids: Tensor, margins: int
+    rows: Tensor, vocabulary: Vocabulary, path: str, ids: Tensor, margins: Tensor | None
 ) -> None:
     rows, table = _unit_stride(rows.float()), _fp32(vocabulary)
     packed = None
@@ -188,37 +188,15 @@ def _call_native(
     if not vocabulary.transient:
         path = path or native.cpu_paths()[0]
         packed = vocabulary.prepared(("packed", path), lambda t: _pack(_readable(t), path))
-    native.module().nearest_token(
-        x=rows.data_ptr(),
-        n=len(rows),
-        x_stride=rows.stride(0),
-        embedding=table.data_ptr(),
-        v=len(table),
-        e_stride=table.stride(0),
-        d=rows.shape[1],
-        ids=ids.data_ptr(),
-        threads=native.threads_for(rows.numel() * len(table) * _PRODUCT_NS),
-        path=path,
-        margins=margins,
-        packed=0 if packed is None else packed.data_ptr(),
-    )
+    threads = native.threads_for(rows.numel() * len(table) * _PRODUCT_NS)
+    native.module().nearest_token(rows, table, ids, threads, path, margins, packed)
 
 
 def _pack(table: Tensor, path: str) -> Tensor:
     """What the path reads in place of the table, as bytes; torch aligns them to 64."""
-    rows, width = table.shape
-    size = native.module().packed_bytes(rows, width, path)
+    size = native.module().packed_bytes(*table.shape, path)
     packed = table.new_empty(size, dtype=torch.uint8)
-    native.module().pack_vocabulary(
-        embedding=table.data_ptr(),
-        v=rows,
-        e_stride=table.stride(0),
-        d=width,
-        threads=torch.get_num_threads(),
-        path=path,
-        packed=packed.data_ptr(),
-        bytes=len(packed),
-    )
+    native.module().pack_vocabulary(table, packed, torch.get_num_threads(), path)
     return packed
 
 

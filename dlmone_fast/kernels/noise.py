@@ -256,34 +256,18 @@ def _cpp_usable(draws: Tensor, *others: Tensor) -> str | None:
 
 
 def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:
-    rows, draws = draws.shape[0], draws.contiguous()
-    out = draws.new_empty(rows, positions, channels, dtype=torch.float32)
-    native.module().normal(
-        draws.data_ptr(),
-        rows,
-        stream,
-        positions,
-        channels,
-        out.data_ptr(),
-        native.threads_for(out.numel() * NORMAL_NS),
-        path,
-    )
+    draws = draws.contiguous()
+    out = draws.new_empty(len(draws), positions, channels, dtype=torch.float32)
+    threads = native.threads_for(out.numel() * NORMAL_NS)
+    native.module().normal(draws, stream, out, threads, path)
     return out
 
 
 def _cpp_words(draws: Tensor, stream: int, first: int, count: int, path: str = "") -> Tensor:
-    rows, draws = draws.shape[0], draws.contiguous()
-    out = draws.new_empty(rows, count, 4)
-    native.module().philox_words(
-        draws.data_ptr(),
-        rows,
-        stream,
-        first,
-        count,
-        out.data_ptr(),
-        native.threads_for(out.numel() * NORMAL_NS),
-        path,
-    )
+    draws = draws.contiguous()
+    out = draws.new_empty(len(draws), count, 4)
+    threads = native.threads_for(out.numel() * NORMAL_NS)
+    native.module().philox_words(draws, stream, first, out, threads, path)
     return out
 
 

@@ -27,6 +27,7 @@ _NAMES = frozenset(
         "torch._utils _rebuild_tensor_v2",
     }
 )
+_AGAIN = "not opened: save the state dict again with torch.save"
 _TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 
 
@@ -67,17 +68,17 @@ def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
     )
     if not stored or sum(entry.file_size for entry in entries) > size:
         return (
-            "has compressed or overlapping records, which torch.save never writes; not opened, "
-            "since it may unpack to any size"
+            "has compressed or overlapping records, which torch.save never writes, and may unpack "
+            f"to any size; {_AGAIN}"
         )
     # torch's archive reader finds records whatever the case of their names.
     names = {entry.filename.lower() for entry in entries}
     if len(names) != len(entries):
-        return "has two records of one name, which torch.save never writes; not opened"
+        return f"has two records of one name, which torch.save never writes; {_AGAIN}"
     pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
     total = sum(entry.file_size for entry in pickles)
     if total > _MAX_PICKLE_BYTES:
-        return f"its pickle of {total:,} bytes is too large for a state dict; not opened"
+        return f"its pickle of {total:,} bytes is too large for a state dict; {_AGAIN}"
     # torch.load does not look at the checksums of the records.
     damaged = archive.testzip()
     if damaged:
@@ -85,7 +86,10 @@ def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
     for entry in pickles:
         problem = pickle_problem(archive.read(entry))
         if problem:
-            return f"{problem}; only state dicts of tensors are imported, never code"
+            return (
+                f"{problem}; only state dicts of tensors are imported, never code: save one alone "
+                "with torch.save"
+            )
     return None
 
 

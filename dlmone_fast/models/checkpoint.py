@@ -44,6 +44,7 @@ _LEFTOVER = re.compile(r"(\.old-|abandoned-)?step-\d{8,12}")
 _MAX_STEP = 10**12 - 1
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_FILES = 100
+_OTHER = "resume from another checkpoint"
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path / STATE_NAME}: {name} must be "
                 f"{' or '.join(kind.__name__ for kind in kinds)}, got "
-                f"{self.state.get(name)!r:.80}; resume from another checkpoint"
+                f"{self.state.get(name)!r:.80}; {_OTHER}"
             )
         return self.state[name]
 
@@ -119,7 +120,7 @@ def save_checkpoint(
     root = Path(root)
     if type(step) is not int or not 0 <= step <= _MAX_STEP or keep < 1:
         raise CheckpointError(
-            f"step must be between 0 and {_MAX_STEP} and keep at least 1, got {step!r}, {keep!r}"
+            f"step must be between 0 and {_MAX_STEP} and keep at least 1; got {step!r}, {keep!r}"
         )
     _check_names(tensors, root)
     target = root / f"step-{step:08d}"
@@ -170,7 +171,9 @@ def load_checkpoint(path: StrPath, *, require_finite: bool = True) -> Checkpoint
     try:
         config_text = config.decode("utf-8")
     except UnicodeDecodeError as reason:
-        raise CheckpointError(f"{path / CONFIG_NAME}: is not UTF-8 ({reason})") from reason
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: is not UTF-8 ({reason}); {_OTHER}"
+        ) from reason
     read = (STATE_NAME, CONFIG_NAME, *(f"{name}.safetensors" for name in tensors))
     check_unchanged(path, before, read, CheckpointError)
     return Checkpoint(path, head["step"], tensors, head["state"], config_text)
@@ -251,7 +254,9 @@ def _check_names(tensors: Mapping[str, object], root: Path) -> None:
                 f"{root}: {name!r} cannot name a tensor file; use letters, digits, '_' and '-'"
             )
     if len(tensors) > _MAX_FILES:
-        raise CheckpointError(f"{root}: at most {_MAX_FILES} tensor files, got {len(tensors)}")
+        raise CheckpointError(
+            f"{root}: at most {_MAX_FILES} tensor files, got {len(tensors)}; put them together"
+        )
 
 
 def _verified_head(path: Path) -> dict[str, Any]:
@@ -262,21 +267,25 @@ def _verified_head(path: Path) -> dict[str, Any]:
     if head.get("format") != FORMAT or head.get("version") != VERSION:
         raise CheckpointError(
             f"{where}: expected format {FORMAT} version {VERSION}, got "
-            f"{head.get('format')!r:.80} version {head.get('version')!r:.80}"
+            f"{head.get('format')!r:.80} version {head.get('version')!r:.80}; {_OTHER}"
         )
     step, names = head.get("step"), head.get("tensors")
     if type(step) is not int or not isinstance(head.get("state"), dict):
-        raise CheckpointError(f"{where}: must hold a whole number 'step' and an object 'state'")
+        raise CheckpointError(
+            f"{where}: must hold a whole number 'step' and an object 'state'; {_OTHER}"
+        )
     named = _STEP.fullmatch(original_name(path))
     if named and int(named[1]) != step:
         raise CheckpointError(
             f"{where}: is of step {step}, its folder is {path.name}; the folders were mixed up"
         )
     if not isinstance(names, list) or len(names) > _MAX_FILES:
-        raise CheckpointError(f"{where}: 'tensors' must list up to {_MAX_FILES} names")
+        raise CheckpointError(f"{where}: 'tensors' must list up to {_MAX_FILES} names; {_OTHER}")
     for name in names:
         if not isinstance(name, str) or f"{name}.safetensors" not in files:
-            raise CheckpointError(f"{path}: {name!r:.80}.safetensors is not in the manifest")
+            raise CheckpointError(
+                f"{path}: {name!r:.80}.safetensors is not in the manifest; {_OTHER}"
+            )
     return head
 
 

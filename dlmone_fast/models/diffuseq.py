@@ -19,7 +19,7 @@ from torch import Tensor
 from dlmone_fast.config import DiffusionConfig, ModelConfig
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.archive import check_archive
-from dlmone_fast.models.diffuseq_convert import ARGS_NAME, EMBEDDINGS, convert
+from dlmone_fast.models.diffuseq_convert import ARGS_NAME, EMBEDDINGS, ONLY_V1, convert
 from dlmone_fast.models.folder import save_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import StrPath, read_json
@@ -127,7 +127,7 @@ def find_checkpoint(folder: Path, checkpoint: StrPath | None = None) -> Path:
         for path in (folder / checkpoint, Path(checkpoint)):
             if path.is_file():
                 return path
-        raise ModelFileError(f"{checkpoint}: no such file, in {folder} or here")
+        raise ModelFileError(f"{checkpoint}: no such file, in {folder} or here; give its path")
     matches = ((path, _CHECKPOINT_NAME.fullmatch(path.name)) for path in sorted(folder.iterdir()))
     steps = [(int(match[1]), path) for path, match in matches if match]
     if not steps:
@@ -161,13 +161,15 @@ def read_training_args(folder: Path) -> dict[str, Any]:
     required = {"predict_xstart": True, "learn_sigma": False}
     for key, value in required.items():
         if args.get(key) is not value:
-            raise ModelFileError(f"{where}: {key} must be {value}, got {args.get(key)!r:.80}")
+            raise ModelFileError(
+                f"{where}: {key} must be {value}, got {args.get(key)!r:.80}; {ONLY_V1}"
+            )
     if args.get("timestep_respacing", "") not in ("", None):
         raise ModelFileError(
-            f"{where}: timestep_respacing must be empty, as in all released models"
+            f"{where}: timestep_respacing must be empty, as in all released models; {ONLY_V1}"
         )
     if not isinstance(args.get("bert_config", {}), dict):
-        raise ModelFileError(f"{where}: bert_config must be an object")
+        raise ModelFileError(f"{where}: bert_config must be an object; {ONLY_V1}")
     missing = [key for key in ("diffusion_steps", "noise_schedule", "seq_len") if key not in args]
     if missing:
         raise ModelFileError(f"{where}: lacks {', '.join(missing)}; use the original file")
@@ -197,7 +199,9 @@ def load_state_dict(file: StrPath, max_bytes: int = MAX_CHECKPOINT_BYTES) -> dic
             "of tensors are imported, never code: copy it again from its source"
         ) from reason
     if not isinstance(state, Mapping):
-        raise ModelFileError(f"{file}: expected a state dict, found {type(state).__name__}")
+        raise ModelFileError(
+            f"{file}: expected a state dict, found {type(state).__name__}; {ONLY_V1}"
+        )
     for name, value in state.items():
         if not isinstance(name, str) or not _is_stored_tensor(value):
             raise ModelFileError(

@@ -17,6 +17,7 @@ from dlmone_fast.models.plainfiles import StrPath
 from dlmone_fast.models.tensors import check_names, check_tensors
 
 ARGS_NAME = "training_args.json"
+ONLY_V1 = "only checkpoints of DiffuSeq's first version can be imported"
 _LAYER = re.compile(r"input_transformers\.layer\.(\d{1,3})\.")
 
 # Our module names ← DiffuSeq's; each has a weight and a bias.
@@ -166,7 +167,9 @@ def _model_config(
     }
     for key, (name, axis) in sources.items():
         if state[name].dim() != 2:
-            raise ModelFileError(f"{where}: {name} must be a matrix, is {list(state[name].shape)}")
+            raise ModelFileError(
+                f"{where}: {name} must be a matrix, is {list(state[name].shape)}; {ONLY_V1}"
+            )
         sizes[key] = state[name].shape[axis]
     bert = args.get("bert_config", {})
     claims = {
@@ -188,7 +191,9 @@ def _model_config(
             **sizes, seq_len=args["seq_len"], num_heads=heads, dropout=args.get("dropout", 0.1)
         )
     except ConfigError as reason:
-        raise ModelFileError(f"{where}: with {ARGS_NAME}: {reason}") from reason
+        raise ModelFileError(
+            f"{where}: with {ARGS_NAME}: {reason}; use the checkpoint's own {ARGS_NAME}"
+        ) from reason
 
 
 def _diffusion_config(args: Mapping[str, Any], where: StrPath) -> DiffusionConfig:
@@ -199,12 +204,14 @@ def _diffusion_config(args: Mapping[str, Any], where: StrPath) -> DiffusionConfi
             rescale_timesteps=args.get("rescale_timesteps", True),
         )
     except ConfigError as reason:
-        raise ModelFileError(f"{where}: with {ARGS_NAME}: {reason}") from reason
+        raise ModelFileError(
+            f"{where}: with {ARGS_NAME}: {reason}; use the checkpoint's own {ARGS_NAME}"
+        ) from reason
 
 
 def _check_positions(position_ids: Tensor, count: int, where: StrPath) -> None:
     if not torch.equal(position_ids, torch.arange(count)[None]):
         raise ModelFileError(
             f"{where}: position_ids must be 0 … {count - 1} as [1, {count}] int64, is "
-            f"{list(position_ids.shape)} {position_ids.dtype}"
+            f"{list(position_ids.shape)} {position_ids.dtype}; {ONLY_V1}"
         )

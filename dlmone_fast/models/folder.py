@@ -18,6 +18,7 @@ from dlmone_fast.models.commit import commit_directory, complete_path
 from dlmone_fast.models.manifest import (
     MANIFEST_NAME,
     RESEAL,
+    RESTORE,
     FileRecord,
     check_unchanged,
     hash_file,
@@ -187,7 +188,9 @@ def load_folder(path: StrPath) -> ModelFolder:
     for name, part in _read_weights(path, config["weights"], files):
         for key, tensor in part.items():
             if key in tensors:
-                raise ModelFileError(f"{path / name}: {key} is in another weight file as well")
+                raise ModelFileError(
+                    f"{path / name}: {key} is in another weight file as well; {RESTORE}"
+                )
             tensors[key] = tensor
     generation = (
         read_json(path, GENERATION_NAME, ModelFileError) if GENERATION_NAME in files else {}
@@ -221,7 +224,9 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
         )
     version = config.get("version")
     if type(version) is not int or version < 1:
-        raise ModelFileError(f"{where}: version must be a whole number from 1, got {version!r:.80}")
+        raise ModelFileError(
+            f"{where}: version must be a whole number from 1, got {version!r:.80}; {RESTORE}"
+        )
     if version > VERSION:
         raise ModelFileError(
             f"{where}: has version {version}, this release reads up to {VERSION}; install a newer "
@@ -229,14 +234,14 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
         )
     if config.get("kind") not in KINDS:
         raise ModelFileError(
-            f"{where}: kind must be {' or '.join(KINDS)}, got {config.get('kind')!r:.80}"
+            f"{where}: kind must be {' or '.join(KINDS)}, got {config.get('kind')!r:.80}; {RESTORE}"
         )
     for name in ("model", "diffusion"):
         if not isinstance(config.get(name), Mapping):
-            raise ModelFileError(f"{where}: must hold an object {name!r}")
+            raise ModelFileError(f"{where}: must hold an object {name!r}; {RESTORE}")
     for name in ("generation", "source"):
         if not isinstance(config.get(name, {}), Mapping):
-            raise ModelFileError(f"{where}: {name!r} must be an object")
+            raise ModelFileError(f"{where}: {name!r} must be an object; {RESTORE}")
     _check_weight_names(config.get("weights"), where)
 
 
@@ -249,7 +254,8 @@ def _check_weight_names(names: object, where: Path) -> None:
     )
     if not valid:
         raise ModelFileError(
-            f"{where}: weights must list 1 to {_MAX_SHARDS} different names like {WEIGHTS_NAME}"
+            f"{where}: weights must list 1 to {_MAX_SHARDS} different names like {WEIGHTS_NAME}; "
+            f"{RESTORE}"
         )
 
 

@@ -34,8 +34,9 @@ _MAX_FILE_BYTES = 1 << 40
 _MAX_MANIFEST_BYTES = 4 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+RESTORE = "copy the folder again from its source"
 RESEAL = (
-    "copy the folder again from its source, or, if the change was meant, call "
+    f"{RESTORE}, or, if the change was meant, call "
     "dlmone_fast.models.manifest.write_manifest(folder)"
 )
 
@@ -179,21 +180,23 @@ def _records(
     if set(content) != {"format", "version", "files"} or not isinstance(files, dict):
         raise error(f"{where}: expected the keys format, version and files; {RESEAL}")
     if len(files) > _MAX_FILES:
-        raise error(f"{where}: lists {len(files):,} files, at most {_MAX_FILES:,} are allowed")
+        raise error(
+            f"{where}: lists {len(files):,} files, at most {_MAX_FILES:,} are allowed; {RESTORE}"
+        )
     return {name: _record(name, entry, where, error) for name, entry in files.items()}
 
 
 def _record(name: str, entry: object, where: Path, error: type[DlmOneError]) -> FileRecord:
     if not is_plain_name(name) or name == MANIFEST_NAME:
-        raise error(f"{where}: {name!r} is not a plain file name; the manifest is not to be used")
+        raise error(f"{where}: {name!r} is not a plain file name; {RESTORE}")
     if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
         raise error(f"{where}: the entry of {name} must hold size and sha256; {RESEAL}")
     size, digest = entry["size"], entry["sha256"]
     if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:
         raise error(
             f"{where}: the size of {name} must be between 0 and {_MAX_FILE_BYTES:,} bytes, "
-            f"got {size!r:.40}"
+            f"got {size!r:.40}; {RESTORE}"
         )
     if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
-        raise error(f"{where}: the sha256 of {name} must be 64 hexadecimal digits")
+        raise error(f"{where}: the sha256 of {name} must be 64 hexadecimal digits; {RESTORE}")
     return FileRecord(size, digest)

@@ -156,7 +156,8 @@ def _check_groups(
         if not isinstance(saved, Mapping) or saved.get("parameters") != expected:
             raise CheckpointError(
                 f"{where}: group {index} does not hold this run's parameters in this "
-                f"run's order ({', '.join(expected[:3])}, …)"
+                f"run's order ({', '.join(expected[:3])}, …); resume with the configuration of "
+                "the checkpoint"
             )
         options = set(_hyperparameters(live))
         if set(saved) - {"parameters"} != options:
@@ -183,7 +184,7 @@ def _same_kind(live: Any, saved: Any) -> bool:
     """Whether a value from JSON can stand for one of an optimiser's options."""
     if isinstance(live, (list, tuple)):
         return (
-            isinstance(saved, list)
+            isinstance(saved, (list, tuple))
             and len(saved) == len(live)
             and all(map(_same_kind, live, saved))
         )

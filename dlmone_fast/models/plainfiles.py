@@ -38,7 +38,10 @@ def regular_file(folder: Path, name: str, error: type[DlmOneError]) -> Path:
             symbolic link that leads out of the folder.
     """
     if not is_plain_name(name):
-        raise error(f"{folder}: {name!r} is not a plain file name (letters, digits, '.', '_', '-')")
+        raise error(
+            f"{folder}: {name!r:.80} is not a plain file name; expected letters, digits, '.', '_' "
+            "and '-'"
+        )
     path = folder / name
     try:
         mode = path.stat().st_mode
@@ -90,7 +93,9 @@ def read_bytes(folder: Path, name: str, error: type[DlmOneError], limit: int) ->
     except OSError as reason:
         raise error(unreadable(path, reason)) from reason
     if len(content) > limit:
-        raise error(f"{path}: is larger than the {limit:,} bytes that such a file may have")
+        raise error(
+            f"{path}: is larger than the {limit:,} bytes that such a file may have; copy it again"
+        )
     return content
 
 

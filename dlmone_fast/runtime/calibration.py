@@ -45,8 +45,9 @@ def network_inputs(
     for count, steps in ((PROMPTS, settings.steps), (REFINED_PROMPTS, REFINING_STEPS)):
         steps = min(steps, settings.t_init)
         pipeline = Pipeline(
-            denoiser.schedule, vocabulary, settings.t_init, steps, settings.scale_latent
-        )
+            denoiser.schedule, vocabulary, settings.t_init, steps, settings.scale_latent,
+            settings.temperature,
+        )  # fmt: skip
         batch = rows.part(0, count).batch(steps)
         pipeline.embeddings(watched, batch.ids, batch.mask, batch.draws)
     return torch.cat([x for x, _ in seen]), torch.cat([t for _, t in seen])

@@ -77,7 +77,7 @@ def generate(
         model: a `Generator`, a model folder or a packaged model's name. None: the last `load`,
             else the folder in DLMONE_FAST_MODEL, else the packaged model.
         call: `steps`, `num_candidates`, `select`, `seed`, `batch_size`, `sampler`,
-            `eta`, `on_overflow`, `batch_invariant`, `return_dict`, `progress`: see
+            `eta`, `temperature`, `on_overflow`, `batch_invariant`, `return_dict`, `progress`: see
             `Generator.generate`.
 
     Raises:

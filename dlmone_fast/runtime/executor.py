@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
 from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.engines import Engine, Runner
+from dlmone_fast.runtime.engines.capture import is_out_of_memory
 from dlmone_fast.runtime.options import GenerationSettings
 from dlmone_fast.runtime.pipeline import Pipeline
 from dlmone_fast.runtime.pool import RunnerPool
@@ -22,6 +24,8 @@ from dlmone_fast.samplers.loop import SamplerOptions, sample
 
 # Few-step generation with other numbers of steps than these makes room first.
 _MOST_PIPELINES = 32
+
+_log = logging.getLogger("dlmone_fast")
 
 
 class Executor:
@@ -40,8 +44,10 @@ class Executor:
         self.vocabulary = Vocabulary(denoiser.embedding.detach())
         self.device = self.vocabulary.table.device
         self._clear = clear_margin(self.vocabulary.table)
-        self._pipelines: dict[tuple[int, int, bool], Pipeline] = {}
+        self._pipelines: dict[tuple[int, int, bool, float], Pipeline] = {}
         self._warming = threading.Lock()
+        # The most rows that are tried at once on a GPU whose memory did not hold more; None: all.
+        self._fitting: int | None = None
 
     @property
     def table(self) -> Tensor:
@@ -50,7 +56,7 @@ class Executor:
 
     def pipeline(self, settings: GenerationSettings) -> Pipeline:
         """A student's generation with these settings."""
-        key = (settings.t_init, settings.steps, settings.scale_latent)
+        key = (settings.t_init, settings.steps, settings.scale_latent, settings.temperature)
         found = self._pipelines.get(key)
         if found is None:
             if len(self._pipelines) >= _MOST_PIPELINES:
@@ -66,9 +72,42 @@ class Executor:
 
     @torch.inference_mode()
     def ids(self, rows: Rows, settings: GenerationSettings, decode: str = "clean") -> Tensor:
-        """Ids [B, L] of one network batch, on the CPU; source positions keep their ids."""
+        """Ids [B, L] of one network batch, on the CPU; source positions keep their ids.
+
+        In parts, where the whole does not fit into a GPU's memory.
+        """
+        done, first = [], 0
         with self.pool.runner() as runner:
+            while first < len(rows):
+                part = rows.part(first, first + (self._fitting or len(rows)))
+                found = self._generated_if_it_fits(runner, part, settings, decode)
+                if found is None:
+                    self._shrink(len(part))
+                else:
+                    done.append(found)
+                    first += len(part)
+        return torch.cat(done) if done else rows.ids
+
+    def _generated_if_it_fits(
+        self, runner: Runner, rows: Rows, settings: GenerationSettings, decode: str
+    ) -> Tensor | None:
+        try:
             return self._generated(runner, rows, settings, decode)
+        except RuntimeError as error:
+            if len(rows) == 1 or not is_out_of_memory(error):
+                raise
+            # The error holds on to the memory of what failed: it ends here.
+            return None
+
+    def _shrink(self, rows: int) -> None:
+        self._fitting = min(self._fitting or rows, rows // 2)
+        _log.warning(
+            "%d rows do not fit into the device's memory; parts of %d from now on",
+            rows,
+            self._fitting,
+        )
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _generated(
         self, runner: Runner, rows: Rows, settings: GenerationSettings, decode: str
@@ -116,7 +155,9 @@ class Executor:
         self, runner: Runner, rows: Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
     ) -> Tensor:
         source = self.table[ids]
-        chosen = SamplerOptions(settings.sampler, settings.steps, settings.eta)
+        chosen = SamplerOptions(
+            settings.sampler, settings.steps, settings.eta, temperature=settings.temperature
+        )
         with_estimate = self.denoiser.config.self_conditioning
         return sample(
             runner.predict_given if with_estimate else runner.predict,

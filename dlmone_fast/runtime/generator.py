@@ -164,6 +164,7 @@ class Generator:
         batch_size: int = 64,
         sampler: str | None = None,
         eta: float | None = None,
+        temperature: float | None = None,
         on_overflow: str = "error",
         batch_invariant: bool = False,
         return_dict: bool = False,
@@ -185,6 +186,8 @@ class Generator:
             batch_size: rows a network call.
             sampler: a teacher's sampler, one of `dlmone_fast.samplers.METHODS`.
             eta: noise of a teacher's ddim sampler, 0 (deterministic) to 1.
+            temperature: factor of all noise, from 0, where a source has one text, to 10; None: the
+                model's default.
             on_overflow: "error" refuses a source above the model's limit, "truncate" cuts it.
             batch_invariant: run every row alone, so that no other row can move a bit of it, in any
                 precision; costs what batching saves.
@@ -212,6 +215,7 @@ class Generator:
                 batch_size=batch_size,
                 sampler=sampler,
                 eta=eta,
+                temperature=temperature,
                 on_overflow=on_overflow,
                 batch_invariant=batch_invariant,
                 progress=progress,
@@ -334,6 +338,7 @@ class Generator:
         batch_size: int = 64,
         sampler: str | None = None,
         eta: float | None = None,
+        temperature: float | None = None,
         on_overflow: str = "error",
         batch_invariant: bool = False,
         progress: bool | None = None,
@@ -345,9 +350,11 @@ class Generator:
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
         options.one_of("on_overflow", on_overflow, options.OVERFLOWS)
         options.one_of("decode", decode, options.DECODINGS)
-        settings = self.settings.with_call(steps, sampler, eta)
+        settings = self.settings.with_call(steps, sampler, eta, temperature)
         limit = self.settings.max_source_tokens
         if encoded is None:
+            if on_overflow == "error":
+                options.refuse_longest(texts, self.tokenizer, limit)
             encoded = self.tokenizer.encode(list(texts))
         else:
             sizes = self.denoiser.config

@@ -11,6 +11,7 @@ from typing import Any
 from dlmone_fast.config.section import shown
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.samplers.grids import METHODS
+from dlmone_fast.tokenizer import Tokenizer
 
 MAX_CANDIDATES = 64
 MAX_BATCH_SIZE = 4096
@@ -30,6 +31,8 @@ class GenerationSettings:
         steps: network calls of one generation.
         sampler: sampler of a teacher; "" for a student.
         eta: noise of the ddim sampler, 0 (deterministic) to 1.
+        temperature: factor of all noise, the first included: below 1 texts are likelier and less
+            diverse.
         t_init: timestep of a student's first call.
         scale_latent: a student is fed sigma(t_init) z rather than z.
         max_source_tokens: longest source in tokens, [CLS] and [SEP] included.
@@ -40,6 +43,7 @@ class GenerationSettings:
     steps: int = 1
     sampler: str = ""
     eta: float = 0.0
+    temperature: float = 1.0
     t_init: int = 1490
     scale_latent: bool = True
     max_source_tokens: int = 64
@@ -57,18 +61,26 @@ class GenerationSettings:
             raise UsageError(f"eta must be a number from 0 to 1, got {shown(self.eta)}")
         if not isinstance(self.scale_latent, bool):
             raise UsageError(f"scale_latent must be true or false, got {shown(self.scale_latent)}")
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature <= 10:
+            raise UsageError(
+                f"temperature must be a number from 0 to 10, got {shown(self.temperature)}"
+            )
         whole_number("t_init", self.t_init, 1, 100_000)
         whole_number("max_source_tokens", self.max_source_tokens, 2, 4096)
         whole_number("max_chars", self.max_chars, 1, 10_000_000)
 
     def with_call(
-        self, steps: int | None, sampler: str | None, eta: float | None
+        self,
+        steps: int | None,
+        sampler: str | None,
+        eta: float | None,
+        temperature: float | None,
     ) -> GenerationSettings:
-        """These settings with a call's own steps, sampler and eta."""
+        """These settings with a call's own steps, sampler, eta and temperature."""
         if self.kind == "student" and (sampler is not None or eta is not None):
             raise UsageError(
                 f"sampler={sampler!r} and eta={eta!r} need a teacher: this model is a one-step "
-                "student, whose only choice is steps"
+                "student, whose choices are steps and temperature"
             )
         steps = self.steps if steps is None else whole_number("steps", steps, 1, 100_000)
         return replace(
@@ -76,6 +88,7 @@ class GenerationSettings:
             steps=steps,
             sampler=self.sampler if sampler is None else sampler,
             eta=self.eta if eta is None else eta,
+            temperature=self.temperature if temperature is None else temperature,
         )
 
 
@@ -137,6 +150,16 @@ def prompts_of(batch: str | Sequence[str]) -> list[str]:
         if not isinstance(prompt, str):
             raise PromptError(f"batch[{index}] must be a str, got {type(prompt).__name__}")
     return list(batch)
+
+
+def refuse_longest(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> None:
+    """Refuse sources of more than `limit` ids that would take long to be tokenised first."""
+    for place, text in enumerate(texts):
+        if isinstance(text, str) and tokenizer.is_surely_longer(text, limit):
+            raise PromptError(
+                f"texts[{place}]: more than {limit} tokens with [CLS] and [SEP], which is the "
+                "limit; shorten it or pass on_overflow='truncate'"
+            )
 
 
 def seeds_of(seed: int | Sequence[int] | None, prompts: int) -> list[int]:

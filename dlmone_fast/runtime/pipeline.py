@@ -32,6 +32,7 @@ class Pipeline:
         t_init: timestep of the first call.
         steps: network calls; call i > 0 re-noises the output of the one before.
         scale_latent: feed sigma(t_init) z rather than z.
+        temperature: factor of the noise of every call.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Pipeline:
         t_init: int,
         steps: int,
         scale_latent: bool,
+        temperature: float = 1.0,
     ) -> None:
         self.vocabulary = vocabulary
         self.times = renoising_times(t_init, steps)
@@ -48,6 +50,7 @@ class Pipeline:
         self.sigmas = [(1 - alpha_bar) ** 0.5 for alpha_bar in alpha_bars]
         if not scale_latent:
             self.sigmas[0] = 1.0
+        self.sigmas = [temperature * sigma for sigma in self.sigmas]
         # The first call sees noise alone.
         self.alphas = [0.0, *(alpha_bar**0.5 for alpha_bar in alpha_bars[1:])]
 

@@ -28,12 +28,14 @@ class SamplerOptions:
         eta: noise of the ddim sampler, 0 (deterministic) to 1.
         clamp: round x̂0 to the nearest embedding at every step; None: as the method was
             published (yes for ancestral and published-ddim, no for the others).
+        temperature: factor of all noise, the first included.
     """
 
     method: str = "ddim"
     steps: int = 20
     eta: float = 0.0
     clamp: bool | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
@@ -81,6 +83,8 @@ def sample(
         x_0 [B, L, d], source positions clean.
     """
     grid = timestep_grid(options.method, options.steps, schedule.num_timesteps)
+    if options.temperature != 1:
+        noise = _scaled(noise, options.temperature)
     x = keep_source(noise(0), source, mask)
     before: tuple[Tensor, int] | None = None
     given: tuple[Tensor | None, ...] = (None,) if self_conditioning else ()
@@ -99,6 +103,10 @@ def sample(
         if callback is not None:
             callback(k, t, x)
     return x
+
+
+def _scaled(noise: Noise, factor: float) -> Noise:
+    return lambda k: factor * noise(k)
 
 
 def _advance(

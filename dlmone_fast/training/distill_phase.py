@@ -19,6 +19,15 @@ from dlmone_fast.training.teacher_phase import guard_counts
 from dlmone_fast.training.validation import Validator
 from dlmone_fast.training.workspace import Workspace
 
+_TOO_MUCH_ALIKE = 2.0
+"""More than scores differ by."""
+
+
+def selection_score(scores: dict[str, float], metric: str, max_self_bleu: float) -> float:
+    """What the best checkpoint has most of: a metric, less by a constant above a self-BLEU."""
+    alike = scores["self_bleu"] > max_self_bleu
+    return scores[metric] - (_TOO_MUCH_ALIKE if alike else 0.0)
+
 
 class DistillPhase:
     """A stage: ψ warm-up, then ψ and θ in turn; the best student by validation score is kept.
@@ -91,15 +100,16 @@ class DistillPhase:
         }
         if step > 0:
             weights["ema"] = dict(self.stage.ema.values)
-        metric = self.workspace.config.distill.selection_metric
-        shown = []
+        config = self.workspace.config.distill
+        metric, shown = config.selection_metric, []
         for which, values in weights.items():
             student = self.student(values)
             scores = self.validator.scores(student)
             progress.record(step, {f"{which}_{name}": value for name, value in scores.items()})
             shown.append(f"{which} {metric} {scores[metric]:.4f}")
-            if scores[metric] > self.best_score:
-                self.best_score, self.best_of = scores[metric], f"{which} at step {step}"
+            score = selection_score(scores, metric, config.selection_max_self_bleu)
+            if score > self.best_score:
+                self.best_score, self.best_of = score, f"{which} at step {step}"
                 self.best = {k: v.detach().clone() for k, v in values.items()}
         progress.say(f"{self.name} step {step}: {', '.join(shown)} (best: {self.best_of})")
         self.validator.show_samples(self.student(self.best), "student", step, progress)

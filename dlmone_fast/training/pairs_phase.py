@@ -36,6 +36,8 @@ from dlmone_fast.training.workspace import Workspace
 _SEED_INDEX = 3
 _SHOWN = 3
 _LARGEST_UINT16 = 0xFFFF
+# More noises than any row has: what is added to a number to name those of later calls.
+_MOST_SAMPLES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def latents(self, which: slice | Tensor, width: int, device: torch.device) -> Tensor:
-        """The standard normal noise z [B, L, width] of some of the pairs."""
-        rows, samples = self.rows[which].long(), self.samples[which].long()
+    def latents(
+        self, which: slice | Tensor, width: int, device: torch.device, call: int = 0
+    ) -> Tensor:
+        """The standard normal noise z [B, L, width] of some of the pairs, or that of a later call
+        of the sampler."""
+        rows = self.rows[which].long()
+        samples = self.samples[which].long() + call * _MOST_SAMPLES
         length = self.ids.shape[1]
         return normal(self.seed, Stream.PAIR_LATENT, rows, samples, length, width, device)
 
@@ -76,7 +82,7 @@ class PairsPhase:
         self.validate_every = self.steps
         if workspace.config.compile:
             teacher.lm.backbone.compile()
-        self.options = SamplerOptions(c.sampler, c.steps)
+        self.options = SamplerOptions(c.sampler, c.steps, temperature=c.temperature)
         self.cache = workspace.cache("train")
         self.vocabulary = Vocabulary(teacher.embedding.detach())
         seed, sizes = pairs_seed(workspace.config), teacher.config
@@ -101,9 +107,9 @@ class PairsPhase:
         device = self.workspace.device
         ids, mask = ids.to(device), mask.to(device)
         source = self.vocabulary.table[ids]
-        z = self.pairs.latents(which, source.shape[-1], device)
         x = sample(
-            self._predict, self.teacher.schedule, self.options, source, mask, lambda _: z,
+            self._predict, self.teacher.schedule, self.options, source, mask,
+            lambda call: self.pairs.latents(which, source.shape[-1], device, call),
             lambda x: self.vocabulary.table[nearest_token(x, self.vocabulary)],
             self_conditioning=self.teacher.config.self_conditioning,
         )  # fmt: skip

@@ -264,20 +264,21 @@ def _open_with_teacher(
         )
     loaded = load_folder(folder)
     config = with_teacher(config, loaded)
-    tokenizer = _teacher_tokenizer(config, loaded.tokenizer_path, folder)
+    tokenizer = _teacher_tokenizer(config, loaded)
     return open_workspace(config, tokenizer, resume, started, ranks), folder
 
 
-def _teacher_tokenizer(config: Config, saved: Path | None, folder: Path) -> Tokenizer:
+def _teacher_tokenizer(config: Config, folder: ModelFolder) -> Tokenizer:
+    saved = folder.tokenizer_path
     if saved is not None:
-        tokenizer = Tokenizer.from_file(saved)
+        tokenizer = Tokenizer.from_file(saved, folder.files[saved.name].sha256)
     elif config.data.vocab_file:
         vocab = find_vocabulary(config.data.vocab_file, Path(config.data_dir))
         tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
     else:
         raise ModelFileError(
-            f"{folder} has no tokenizer.json; import the checkpoint again with --vocab, or name "
-            "its vocabulary with --data.vocab-file"
+            f"{folder.path} has no tokenizer.json; import the checkpoint again with --vocab, or "
+            "name its vocabulary with --data.vocab-file"
         )
     tokenizer.max_chars = config.data.max_chars
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -46,7 +47,7 @@ class Progress:
             self._end_torn_line()
         self._bar = tqdm(
             total=steps, initial=start, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
-            disable=not writes,
+            file=_Screen(), disable=not writes,
         )  # fmt: skip
         with writing(root / "tensorboard"):
             self._board = _tensorboard(root) if writes else None
@@ -95,7 +96,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.writes:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=_Screen())
 
     def close(self) -> None:
         """Record what was done since the last record; end the bar and the files."""
@@ -123,6 +124,22 @@ class Progress:
                 written.seek(-1, os.SEEK_END)
                 if written.read() != b"\n":
                     self._file.write("\n")
+
+
+class _Screen:
+    """stderr as far as it can be written: neither a log on a full disk nor a terminal that has
+    gone ends a training."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def _json(value: Any) -> Any:

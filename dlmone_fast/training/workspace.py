@@ -251,7 +251,7 @@ def _data_dir(config: Config, root: Path) -> Path:
         if not config.data_dir:
             raise DataError(
                 f"--data-dir is missing: preset {config.preset!r} reads "
-                "{train,valid,test}.jsonl[.gz] with src and trg from it"
+                "{train,valid,test}.jsonl[.gz] with src and trg from it; name the folder"
             )
         return Path(config.data_dir)
     folder = root / "data"

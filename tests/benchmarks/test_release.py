@@ -14,6 +14,7 @@ from benchmarks import release_evaluation, train_release
 from benchmarks.release_cost import PhaseCost, phase_costs
 from benchmarks.release_data import overlap
 from benchmarks.release_evaluation import table
+from benchmarks.release_temperature import OF_STUDENTS, OF_TEACHERS, choose_temperature
 from benchmarks.train_release import SCHEDULES, release_config
 from dlmone_fast.errors import InterruptedAndSavedError, UsageError
 from dlmone_fast.evaluation.run import evaluate_model
@@ -94,12 +95,16 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
         with suppress(InterruptedAndSavedError):
             train_release.main([*command, "--max-minutes", "1e-6"])
     # One system of the evaluation each.
-    assert slices == 8
+    assert slices == 9
     capsys.readouterr()
     train_release.main(command)
     printed = capsys.readouterr().out
     folder = load_folder(root / "release")
     assert {str(tensor.dtype) for tensor in folder.tensors.values()} == {"torch.bfloat16"}
+    # Chosen among all on the validation split.
+    measured = json.loads((root / "temperature-teacher.json").read_text())
+    assert set(measured) == {str(t) for t in OF_TEACHERS}
+    assert folder.generation_config["temperature"] in OF_STUDENTS
     evaluation = folder.read_json("evaluation.json")
     assert [cost["phase"] for cost in evaluation["cost"]] == [
         "teacher", "pairs", "stage1", "stage2",
@@ -143,30 +148,62 @@ def test_overlap_counts_pairs_in_either_order_case_and_punctuation_aside(tmp_pat
     assert "2 share a text with it; in 1 both texts are unseen" in found
 
 
+class FinishedRun:
+    """A run whose systems were scored on the validation split already."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root, self.workspace = root, self
+        self.data_dir, self.config = data, release_config(options(data_dir=str(data)))
+
+    def model(self, stage: str) -> Path:
+        return self.root / stage
+
+    def keep(self, stage: str, **changed: dict[str, float]) -> None:
+        usual = {"bleu": 0.1, "ibleu": 0.0, "source_bleu": 0.2, "self_bleu": 0.3}
+        scores = {str(t): usual | changed.get(f"t{t}", {}) for t in {*OF_TEACHERS, *OF_STUDENTS}}
+        (self.root / f"temperature-{stage}.json").write_text(json.dumps(scores), encoding="utf-8")
+
+
 def test_the_second_stage_is_released_unless_it_is_worse(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    scores = {"stage1": 0.2, "stage2": 0.2}
-
-    class Workspace:
-        data_dir = data
-        config = release_config(options(data_dir=str(data)))
-
-        @staticmethod
-        def model(stage: str) -> str:
-            return stage
-
-    class Result:
-        workspace = Workspace()
-
+    finished = FinishedRun(tmp_path, data)
     monkeypatch.setattr(release_evaluation, "load_model", lambda stage, *_, **__: stage)
-    monkeypatch.setattr(
-        release_evaluation, "evaluate_model", lambda stage, **_: {"ibleu": scores[stage]}
+    choose = lambda: release_evaluation.better_student(finished, print)  # type: ignore[arg-type]  # noqa: E731
+    finished.keep("stage1", **{"t0.5": {"bleu": 0.2}})
+    finished.keep("stage2", **{"t0.3": {"bleu": 0.2}})
+    assert choose() == ("stage2", 0.3)
+    finished.keep("stage1", **{"t0.5": {"bleu": 0.21}})
+    assert choose() == ("stage1", 0.5)
+    # One that always says the same is not better.
+    finished.keep("stage1", **{f"t{t}": {"bleu": 0.3, "self_bleu": 0.5} for t in OF_STUDENTS})
+    assert choose() == ("stage2", 0.3)
+
+
+def test_a_temperature_is_chosen_among_texts_that_neither_copy_nor_repeat(
+    data: Path, tmp_path: Path
+):
+    finished = FinishedRun(tmp_path, data)
+    finished.keep(
+        "model",
+        **{
+            "t0.7": {"bleu": 0.5, "source_bleu": 0.46},
+            "t0.3": {"bleu": 0.4, "self_bleu": 0.41},
+            "t0.5": {"bleu": 0.3, "source_bleu": 0.45, "self_bleu": 0.4},
+        },
     )
-    choose = lambda: release_evaluation.better_student(Result(), print)  # type: ignore[arg-type]  # noqa: E731
-    assert choose() == "stage2"
-    scores["stage1"] = 0.21
-    assert choose() == "stage1"
+
+    def choose(student: bool) -> float:
+        return choose_temperature(
+            tmp_path / "temperature-model.json", None, [],  # type: ignore[arg-type]
+            steps=1, sampler=None, seed=0, student=student, say=print,
+        ).temperature  # fmt: skip
+
+    assert choose(student=True) == 0.5
+    assert choose(student=False) == 0.3
+    # None within the bounds: as the model was trained.
+    finished.keep("model", **{f"t{t}": {"source_bleu": 0.9} for t in OF_TEACHERS})
+    assert choose(student=False) == 1.0
 
 
 def test_what_one_text_cannot_have_is_left_empty():

@@ -105,7 +105,7 @@ def test_the_remains_of_a_killed_build_are_not_read(data: Path, tokenizer: Token
 
 
 @pytest.mark.parametrize("name", ["src_ids", "src_offsets", "trg_ids", "trg_offsets"])
-@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "header"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "header", "flip"])
 def test_a_damaged_cache_is_built_again(
     data: Path, tokenizer: Tokenizer, name: str, damage: str
 ) -> None:
@@ -115,7 +115,8 @@ def test_a_damaged_cache_is_built_again(
     content = path.read_bytes()
     path.unlink()
     if damage != "gone":
-        damaged = {"cut": content[:-4], "longer": content + b"1234"}
+        flipped = content[:-4] + bytes([content[-4] ^ 1]) + content[-3:]
+        damaged = {"cut": content[:-4], "longer": content + b"1234", "flip": flipped}
         path.write_bytes(damaged.get(damage, bytes(128) + content[128:]))
     rebuilt = open_or_build(data, tokenizer, data.parent / "cache")
     assert rebuilt.folder == folder

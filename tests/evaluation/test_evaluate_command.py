@@ -159,6 +159,21 @@ def test_a_full_disk_at_standard_output_is_one_message(files: list[str]) -> None
     )
 
 
+def test_the_exit_code_is_right_where_the_message_cannot_be_written() -> None:
+    code = (
+        "import sys\n"
+        "from dlmone_fast.cli import run_command\n"
+        "from dlmone_fast.errors import DataError\n"
+        "def main():\n"
+        "    print('a line')\n"
+        "    raise DataError('no rows')\n"
+        "run_command(main)"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stderr=full, timeout=60, check=False)
+    assert done.returncode == 3
+
+
 def test_a_closed_pipe_is_no_traceback() -> None:
     code = (
         "from dlmone_fast.cli import run_command\n"

@@ -37,6 +37,7 @@ class EchoModel:
         seeds: Sequence[int],
         batch_size: int,
         sampler: str | None,
+        temperature: float | None,
         on_overflow: str,
         progress: bool | None,
         encoded: Sequence[Sequence[int]] | None = None,

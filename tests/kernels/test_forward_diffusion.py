@@ -442,12 +442,60 @@ def test_a_backend_that_cannot_compute_a_dtype_is_refused_by_name_and_passed_ove
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
-@pytest.mark.parametrize("name", ["x0", "alpha", "sigma", "out", "draws"])
-def test_the_native_side_refuses_pointers_it_cannot_use(name: str):
-    buffer = torch.zeros(64)
-    names = ("draws", "x0", "ids", "alpha", "sigma", "mask", "out")
-    given = dict.fromkeys(names, buffer.data_ptr())
-    sizes = {"rows": 1, "stream": 0, "positions": 2, "channels": 4, "threads": 1}
-    for address, complaint in ((0, "null"), (buffer.data_ptr() + 1, "misaligned")):
-        with pytest.raises(ValueError, match=f"{name} is a {complaint} pointer"):
-            native.module().forward_diffusion(**{**given, **sizes, name: address})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x0": torch.zeros(2, 3, 5)}, r"x0 must be \[2, 3, 4\], got \[2, 3, 5\]"),
+        ({"x0": torch.zeros(2, 4, 3).transpose(1, 2)}, "x0 must be contiguous"),
+        ({"x0": torch.zeros(2, 3, 4).bfloat16()}, "x0 must be float32"),
+        ({"x0": torch.zeros(7, 4)}, r"x0 must have 3 dimension\(s\), got 2"),
+        ({"ids": torch.zeros(2, 3).long()}, r"x0 must have 2 dimension\(s\), got 3"),
+        ({"alpha": torch.zeros(3)}, r"alpha must be \[2\], got \[3\]"),
+        ({"alpha": torch.zeros(1).expand(2)}, "alpha must be contiguous"),
+        ({"sigma": torch.zeros(2).double()}, "sigma must be float32"),
+        ({"sigma": None}, "sigma must be a tensor"),
+        ({"mask": torch.zeros(2, 4).bool()}, r"mask must be \[2, 3\], got \[2, 4\]"),
+        ({"mask": torch.zeros(2, 3)}, "mask must be bool or uint8"),
+        ({"draws": torch.zeros(3, 4).long()}, r"out must be \[3, 3, 4\], got \[2, 3, 4\]"),
+        ({"out": None}, "out must be a tensor"),
+        ({"threads": 0}, "threads must lie in"),
+    ],
+)
+def test_the_native_side_refuses_what_it_cannot_diffuse(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        native.module().forward_diffusion(**{**native_arguments(), **change})
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize("wrong", [-1, 7, 2**62, -(2**63)])
+def test_the_native_side_refuses_ids_outside_the_table(wrong: int):
+    ids = torch.full((2, 3), 6)
+    given = {**native_arguments(), "x0": torch.zeros(7, 4), "ids": ids}
+    native.module().forward_diffusion(**given)
+    ids[1, 2] = wrong
+    with pytest.raises(ValueError, match=r"ids must lie in \[0, 7\), the rows of x0"):
+        native.module().forward_diffusion(**given)
+    # Of positions that stay as they are, too: they are copied.
+    given["mask"] = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="ids must lie in"):
+        native.module().forward_diffusion(**given)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize("name", ["draws", "x0", "ids", "alpha", "sigma", "mask"])
+def test_the_native_side_refuses_an_output_that_lies_in_an_input(name: str):
+    given = {**native_arguments(), "x0": torch.zeros(7, 4), "ids": torch.zeros(2, 3).long()}
+    given["mask"] = torch.ones(2, 3, dtype=torch.bool)
+    memory = torch.zeros(64)
+    like = given[name]
+    view = memory.view(like.dtype)[: like.numel()].view(like.shape)
+    given |= {name: view, "out": memory[:24].view(2, 3, 4)}
+    with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+        native.module().forward_diffusion(**given)
+
+
+def native_arguments() -> dict:
+    factors = {name: torch.ones(2) for name in ("alpha", "sigma")}
+    draws, shape = torch.zeros(2, 4, dtype=torch.int64), (2, 3, 4)
+    tensors = {"draws": draws, "x0": torch.zeros(shape), "out": torch.empty(shape), **factors}
+    return {**tensors, "ids": None, "mask": None, "stream": 0, "threads": 1}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -55,6 +56,13 @@ def with_margin(request: pytest.FixtureRequest):
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def unaligned(*shape: int) -> Tensor:
+    """fp32 whose first byte is not a multiple of four."""
+    count = math.prod(shape)
+    memory = bytearray(4 * count + 4)
+    return torch.frombuffer(memory, dtype=torch.float32, offset=1, count=count).view(shape)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -308,66 +316,113 @@ def test_beyond_the_native_limits_auto_takes_torch(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": 0}, "x is a null pointer"),
-        ({"embedding": 0}, "embedding is a null pointer"),
-        ({"ids": 0}, "ids is a null"),
-        ({"margins": 2}, "margins is a misaligned pointer"),
-        ({"n": -1}, "negative number of rows"),
-        ({"v": 0}, "vocabulary is empty"),
-        ({"d": 0}, "d must lie in"),
-        ({"x_stride": -4}, "negative row stride"),
-        ({"e_stride": 1 << 62}, "address space"),
+        ({"x": None}, "x must be a tensor that DLPack's C interface reads, got NoneType"),
+        ({"x": torch.zeros(2, 4).numpy()}, "x must be a tensor that DLPack.*got numpy.ndarray"),
+        ({"x": torch.zeros(2, 4, device="meta")}, "x cannot be read: .*on meta$"),
+        ({"x": torch.eye(4)[:2].to_sparse()}, "x cannot be read: "),
+        ({"x": torch.zeros(2, 4).half()}, "x must be float32, got DLPack type 2 of 16 bits"),
+        ({"x": torch.zeros(2, 4, dtype=torch.int32)}, "x must be float32"),
+        ({"x": torch.zeros(2, 4, dtype=torch.complex64)}, "x must be float32"),
+        ({"x": torch.zeros(8)}, r"x must have 2 dimension\(s\), got 1"),
+        ({"x": torch.zeros(2, 5)}, r"x must be \[2, 4\], got \[2, 5\]"),
+        ({"x": torch.zeros(4, 2).t()}, "x must have contiguous rows"),
+        ({"x": unaligned(2, 4)}, "x is not aligned to 4 bytes"),
+        ({"embedding": torch.zeros(0, 4)}, "v must lie in"),
+        ({"embedding": torch.zeros(5, 0)}, "d must lie in"),
+        ({"embedding": torch.zeros(4, 5).t()}, "embedding must have contiguous rows"),
+        ({"ids": torch.zeros(2)}, "ids must be int64"),
+        ({"ids": torch.zeros(3).long()}, r"ids must be \[2\], got \[3\]"),
+        ({"ids": torch.zeros(4).long()[::2]}, "ids must be contiguous"),
+        ({"margins": torch.zeros(1)}, r"margins must be \[2\], got \[1\]"),
+        ({"margins": torch.zeros(1).expand(2)}, "margins must be contiguous"),
+        ({"margins": torch.zeros(2).double()}, "margins must be float32"),
+        ({"packed": torch.zeros(64).byte()}, r"packed must be \["),
+        ({"packed": torch.zeros(64)}, "packed must be bool or uint8"),
         ({"threads": 0}, "threads must lie in"),
+        ({"threads": 1025}, "threads must lie in"),
         ({"path": "mmx"}, "no path 'mmx'"),
-        ({"packed": 32}, "packed is not aligned to 64 bytes"),
     ],
 )
 def test_the_native_side_refuses_what_it_cannot_read(change: dict, message: str):
-    x, e, ids = random(2, 4), random(5, 4), torch.empty(2, dtype=torch.int64)
-    arguments = {
-        "x": x.data_ptr(),
-        "n": 2,
-        "x_stride": 4,
-        "embedding": e.data_ptr(),
-        "v": 5,
-        "e_stride": 4,
-        "d": 4,
-        "ids": ids.data_ptr(),
-        "threads": 1,
-    }
     with pytest.raises(ValueError, match=message):
-        native.module().nearest_token(**{**arguments, **change})
+        native.module().nearest_token(**{**native_arguments(), **change})
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+def test_the_native_side_refuses_outputs_that_lie_in_its_inputs():
+    memory = torch.zeros(64)
+    given = native_arguments()
+    x, ids, margins = memory[:8].view(2, 4), memory[8:12].view(torch.int64), memory[12:14]
+    native.module().nearest_token(**{**given, "x": x, "ids": ids, "margins": margins})
+    for change, names in (
+        ({"ids": memory[4:8].view(torch.int64)}, "ids must not share memory with x"),
+        ({"margins": memory[7:9]}, "margins must not share memory with x"),
+        ({"margins": memory[11:13]}, "margins must not share memory with ids"),
+        ({"embedding": memory[9:29].view(5, 4)}, "ids must not share memory with embedding"),
+    ):
+        with pytest.raises(ValueError, match=names):
+            native.module().nearest_token(
+                **{**given, "x": x, "ids": ids, "margins": margins, **change}
+            )
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"packed": 0}, "packed has the wrong size"),
-        ({"packed": 32}, "packed is not aligned"),
-        ({"bytes": 64}, "packed has the wrong size"),
-        ({"v": 0}, "vocabulary is empty"),
-        ({"d": 0}, "d must lie in"),
-        ({"embedding": 0}, "embedding is a null pointer"),
+        ({"packed": None}, "packed must be a tensor"),
+        ({"packed": torch.zeros(64).byte()}, r"packed must be \["),
+        ({"packed": torch.zeros(64)}, "packed must be bool or uint8"),
+        ({"embedding": torch.zeros(0, 4)}, "v must lie in"),
+        ({"embedding": torch.zeros(5, 0)}, "d must lie in"),
+        ({"embedding": torch.zeros(4, 5).t()}, "contiguous rows"),
         ({"threads": 0}, "threads must lie in"),
         ({"path": "mmx"}, "no path 'mmx'"),
     ],
 )
 def test_packing_refuses_what_it_cannot_read(change: dict, message: str):
-    e = random(5, 4)
-    packed = torch.empty(native.module().packed_bytes(5, 4, "portable"), dtype=torch.uint8)
+    size = native.module().packed_bytes(5, 4, "portable")
     arguments = {
-        "embedding": e.data_ptr(),
-        "v": 5,
-        "e_stride": 4,
-        "d": 4,
+        "embedding": random(5, 4),
+        "packed": torch.empty(size, dtype=torch.uint8),
         "threads": 1,
         "path": "portable",
-        "packed": packed.data_ptr(),
-        "bytes": len(packed),
     }
+    native.module().pack_vocabulary(**arguments)
     with pytest.raises(ValueError, match=message):
         native.module().pack_vocabulary(**{**arguments, **change})
+    shifted = torch.empty(size + 32, dtype=torch.uint8)[32:]
+    with pytest.raises(ValueError, match="packed is not aligned to 64 bytes"):
+        native.module().pack_vocabulary(**{**arguments, "packed": shifted})
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize("path", native.cpu_paths())
+def test_a_packed_table_serves_no_other_table_and_no_other_layout(path: str):
+    def packed(rows: int, width: int, path: str) -> Tensor:
+        size = native.module().packed_bytes(rows, width, path)
+        out = torch.zeros(size, dtype=torch.uint8)
+        native.module().pack_vocabulary(random(rows, width), out, 1, path)
+        return out
+
+    given = {**native_arguments(), "path": path}
+    native.module().nearest_token(**given, packed=packed(5, 4, path))
+    # Of the same size: a panel has room for 64 rows, 8-bit channels come in fours.
+    right = packed(5, 4, path)
+    for other in (packed(6, 4, path), torch.zeros_like(right)):
+        with pytest.raises(ValueError, match="packed was made of another table"):
+            native.module().nearest_token(**given, packed=other)
+    for name, inside in (
+        ("ids", right[:16].view(torch.int64)),
+        ("margins", right[-8:].view(torch.float32)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must not share memory with packed"):
+            native.module().nearest_token(**{**given, name: inside}, packed=right)
+
+
+def native_arguments() -> dict:
+    ids = torch.empty(2, dtype=torch.int64)
+    return {"x": random(2, 4), "embedding": random(5, 4), "ids": ids, "threads": 1}
 
 
 @pytest.mark.skipif("avx512_vnni" not in native.cpu_paths(), reason="this CPU has no VNNI")

@@ -433,32 +433,40 @@ def test_more_threads_than_the_native_code_takes(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"draws": 0}, "draws is a null pointer"),
-        ({"draws": 4}, "draws is a misaligned pointer"),
-        ({"out": 0}, "out is a null pointer"),
-        ({"out": 2}, "out is a misaligned pointer"),
-        ({"rows": -1}, "rows is negative"),
+        ({"draws": None}, "draws must be a tensor"),
+        ({"draws": torch.zeros(1, 4)}, "draws must be int64"),
+        ({"draws": torch.zeros(1, 3).long()}, r"draws must be \[1, 4\], got \[1, 3\]"),
+        ({"draws": torch.zeros(4, 2).long().t()}, "draws must be"),
+        ({"draws": torch.zeros(1, 8).long()[:, ::2]}, "draws must be contiguous"),
+        ({"out": torch.zeros(2, 2, 4)}, r"out must be \[1, 2, 4\], got \[2, 2, 4\]"),
+        ({"out": torch.zeros(1, 2, 4).double()}, "out must be float32"),
+        ({"out": torch.zeros(1, 2, 1).expand(1, 2, 4)}, "out must be contiguous"),
+        ({"out": torch.zeros(1, 2, 0)}, "channels must lie in"),
         ({"stream": 2**32}, "stream must lie in"),
-        ({"positions": -1}, "positions must lie in"),
-        ({"channels": 0}, "channels must lie in"),
-        ({"positions": 2**32, "channels": 8}, "exceed the counter"),
+        ({"stream": -1}, "stream must lie in"),
         ({"threads": 0}, "threads must lie in"),
         ({"path": "mmx"}, "no path 'mmx'"),
     ],
 )
 def test_the_native_side_refuses_what_it_cannot_draw(change: dict, message: str):
     draws, out = torch.zeros(1, 4, dtype=torch.int64), torch.empty(1, 2, 4)
-    arguments = {
-        "draws": draws.data_ptr(),
-        "rows": 1,
-        "stream": 0,
-        "positions": 2,
-        "channels": 4,
-        "out": out.data_ptr(),
-        "threads": 1,
-    }
+    arguments = {"draws": draws, "stream": 0, "out": out, "threads": 1}
     with pytest.raises(ValueError, match=message):
         native.module().normal(**{**arguments, **change})
+    inside = draws.view(torch.float32).view(1, 2, 4)
+    with pytest.raises(ValueError, match="out must not share memory with draws"):
+        native.module().normal(draws, 0, inside, 1)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (2**32, 1), (2**32 - 1, 2), (2**63 - 1, 1)])
+def test_the_native_side_refuses_counters_that_do_not_exist(first: int, count: int):
+    draws, out = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, count, 4).long()
+    with pytest.raises(ValueError, match="first and count must lie in"):
+        native.module().philox_words(draws, 0, first, out, 1)
+    native.module().philox_words(draws, 0, 2**32 - count, out, 1)
+    with pytest.raises(ValueError, match=r"out must be \[1, 3, 4\]"):
+        native.module().philox_words(draws, 0, 0, torch.zeros(1, 3, 5).long(), 1)
 
 
 def test_noise_can_be_compiled_without_a_graph_break():

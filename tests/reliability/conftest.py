@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from trainings import TrainingServer, build_faults, everything_on, write_config
 
 from benchmarks.records import environment
 
@@ -35,6 +36,24 @@ def figure(request: pytest.FixtureRequest) -> Figure:
         found.append(row)
 
     return take
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingServer]:
+    """Starts real training commands within milliseconds."""
+    folder = tmp_path_factory.mktemp("server")
+    started = TrainingServer(folder, build_faults(folder))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(server: TrainingServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that every interrupted one must end as. Do not write to it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = write_config(everything_on("run"), folder / "config.toml")
+    assert server.run(config, folder / "log") == 0, (folder / "log").read_text()
+    return folder / "run"
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

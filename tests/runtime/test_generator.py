@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -85,6 +86,8 @@ def test_overflow_is_an_error_or_a_cut(student: Generator):
     long = " ".join(tiny.WORDS[:12])
     with pytest.raises(PromptError, match="14 tokens"):
         student.generate(long)
+    with pytest.raises(PromptError, match=r"texts\[1\]: more than 8 tokens .*'truncate'"):
+        student.generate(["ba", "ba " * 1000])
     cut = " ".join(tiny.WORDS[: tiny.MAX_SOURCE_TOKENS - 2])
     assert student.generate(long, on_overflow="truncate") == student.generate(cut)
 
@@ -216,6 +219,43 @@ def test_eta_is_the_noise_of_a_teachers_ddim(student: Generator, teacher: Genera
         teacher.generate("ba", sampler="q-sampling", eta=0.5)
     with pytest.raises(UsageError, match="need a teacher"):
         student.generate("ba", eta=0.5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++", "q-sampling", "ancestral"])
+def test_temperature_is_a_factor_of_all_of_a_samplers_noise(teacher: Generator, sampler: str):
+    steps = 40 if sampler == "ancestral" else 4
+
+    def texts(**options: float) -> list[str]:
+        seeds = list(range(6))
+        return teacher.generate(["ba be"] * 6, sampler=sampler, steps=steps, seed=seeds, **options)
+
+    assert texts() == texts(temperature=1.0)
+    assert len(set(texts())) > 1
+    assert len(set(texts(temperature=0.0))) == 1
+    assert texts(temperature=0.5) != texts()
+
+
+def test_temperature_of_a_student(student: Generator):
+    def texts(steps: int, temperature: float | None) -> list[str]:
+        seeds = list(range(6))
+        prompts = ["ba be"] * 6
+        return student.generate(prompts, steps=steps, seed=seeds, temperature=temperature)
+
+    for steps in (1, 3):
+        assert texts(steps, None) == texts(steps, 1.0)
+        assert len(set(texts(steps, 1.0))) > 1
+        assert len(set(texts(steps, 0.0))) == 1
+    for temperature in (-0.1, 10.1, "hot"):
+        with pytest.raises(UsageError, match="temperature must be a number from 0 to 10"):
+            student.generate("ba", temperature=temperature)
+
+
+def test_a_model_may_have_a_temperature_of_its_own(student: Generator):
+    cold = Generator(
+        student.denoiser, student.tokenizer, replace(student.settings, temperature=0.0)
+    )
+    assert len(set(cold.generate(["ba be"] * 6, seed=list(range(6))))) == 1
+    assert len(set(cold.generate(["ba be"] * 6, seed=list(range(6)), temperature=1.0))) > 1
 
 
 def test_the_originals_decoding_takes_the_decoders_choice_and_cuts_nothing(student: Generator):

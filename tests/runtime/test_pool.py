@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
+from crowd import ask_from_threads
 
 from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError, QueueFullError, UsageError
 from dlmone_fast.runtime import Generator
@@ -167,30 +168,18 @@ def test_a_model_that_ran_is_refused_in_a_fork_and_one_that_did_not_is_not():
 def test_threads_get_the_serial_answers_while_others_load_and_unload():
     generator, prompts = tiny.generator(), tiny.prompts(200)
     expected = generator.generate(prompts, seed=range(200))
-    stop = threading.Event()
 
-    def churn() -> int:
-        cycles = 0
-        while not stop.is_set():
-            other = tiny.generator(seed=1)
+    def load_and_unload() -> None:
+        other = tiny.generator(seed=1)
+        other.generate(prompts[0])
+        other.unload()
+        with pytest.raises(ModelNotLoadedError):
             other.generate(prompts[0])
-            other.unload()
-            with pytest.raises(ModelNotLoadedError):
-                other.generate(prompts[0])
-            cycles += 1
-        return cycles
 
-    def ask(thread: int) -> list[str]:
-        order = [(i * 7 + thread * 13) % 200 for i in range(200)]
-        answers = {i: generator.generate(prompts[i], seed=i) for i in order}
-        return [answers[i] for i in range(200)]
-
-    with ThreadPoolExecutor(17) as threads:
-        churning = threads.submit(churn)
-        answers = list(threads.map(ask, range(16)))
-        stop.set()
-        assert churning.result() > 0
-    assert all(answer == expected for answer in answers)
+    crowd = ask_from_threads(generator, prompts, threads=16, calls=200, beside=load_and_unload)
+    assert not crowd.errors
+    assert crowd.beside > 0
+    assert all(answers == dict(enumerate(expected)) for answers in crowd.answers)
 
 
 def test_warmup_makes_every_runner_and_checks_its_arguments():

@@ -123,26 +123,35 @@ def test_a_second_epoch_brings_new_noises_of_the_same_rows(
 
 
 @pytest.mark.parametrize("self_conditioning", [False, True])
-@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize(
+    ("sampler", "temperature"), [("ddim", 1.0), ("dpm-solver++", 0.5), ("q-sampling", 0.7)]
+)
 def test_an_endpoint_is_what_the_teacher_generates_from_the_same_noise(
     tiny: Make,
     finished: RunResult,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     sampler: str,
+    temperature: float,
     self_conditioning: bool,
 ) -> None:
     teacher = finished.root / "teacher"
     if self_conditioning:
         teacher = _with_estimates(teacher, tmp_path / "teacher")
-    config = tiny(tmp_path / "run", distill={"pairs": {**PAIRS, "sampler": sampler}})
+    settings = {"sampler": sampler, "temperature": temperature}
+    config = tiny(tmp_path / "run", distill={"pairs": {**PAIRS, **settings}})
     workspace = run(config, "pairs", teacher=teacher).workspace
     pairs = made(workspace)
     rows = load_rows(workspace.data_dir, "train")
-    settings = GenerationSettings(kind="teacher", sampler=sampler, steps=4, max_source_tokens=14)
-    generator = Generator(load_teacher(teacher), workspace.tokenizer, settings)
-    z = pairs.latents(slice(0, 14), 16, torch.device("cpu"))
-    monkeypatch.setattr(executor, "_noise_of", lambda *_: lambda step: z)
+    generator = Generator(
+        load_teacher(teacher),
+        workspace.tokenizer,
+        GenerationSettings(kind="teacher", steps=4, max_source_tokens=14, **settings),
+    )
+    every, cpu = slice(0, 14), torch.device("cpu")
+    monkeypatch.setattr(
+        executor, "_noise_of", lambda *_: lambda call: pairs.latents(every, 16, cpu, call)
+    )
     found = generator.generate_candidates(
         [rows[row].src for row in pairs.rows.tolist()], seeds=[0] * 14, progress=False
     )
@@ -152,6 +161,8 @@ def test_an_endpoint_is_what_the_teacher_generates_from_the_same_noise(
     # The source's own ids stand beside them.
     assert torch.equal(pairs.ids.long()[mask == 0], ids[mask == 0])
     assert len({tuple(target) for (target,) in found.token_ids}) > 7
+    # Each call of the sampler has a noise of its own.
+    assert not torch.equal(pairs.latents(every, 16, cpu, 1), pairs.latents(every, 16, cpu))
 
 
 @pytest.mark.parametrize("at", range(4))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 from dlmone_fast.config import Config
 from dlmone_fast.errors import CheckpointError, ConfigError, DataError
+from dlmone_fast.models.folder import load_folder
 from dlmone_fast.training import RunResult, pipeline, run, train_teacher, workspace
 
 Make = Callable[..., Config]
@@ -79,6 +82,22 @@ def test_metrics_that_cannot_be_written_are_named(tiny: Make, tmp_path: Path) ->
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written \(No space left"):
         train_teacher(tiny(tmp_path / "run"))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_training(
+    tiny: Make, finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Line by line, as Python's own stderr.
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        teacher = train_teacher(tiny(tmp_path / "run"))
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            print("a line", file=full)
+        # What closing would write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    expected = load_folder(finished.root / "teacher").tensors
+    assert all(torch.equal(v, expected[k]) for k, v in load_folder(teacher).tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dlmone_fast.models.denoiser import load_teacher
 from dlmone_fast.samplers.one_step import generate_embeddings, renoising_times
 from dlmone_fast.training import RunResult, pipeline, run
 from dlmone_fast.training import stage as module
-from dlmone_fast.training.distill_phase import DistillPhase
+from dlmone_fast.training.distill_phase import DistillPhase, selection_score
 from dlmone_fast.training.pairs_phase import load_pairs
 from dlmone_fast.training.stage import Stage
 from dlmone_fast.training.window import timestep_window
@@ -366,3 +366,11 @@ def test_pairs_that_were_exchanged_are_refused(
         patch.setattr(pipeline, "load_pairs", lambda w: (original(w)[0], "another"))
         with pytest.raises(ConfigError, match="was made from another pairs"):
             run(config, "stage1", teacher=teacher)
+
+
+def test_students_that_always_say_the_same_are_the_best_only_among_themselves() -> None:
+    alike, other = {"ibleu": 0.5, "self_bleu": 0.46}, {"ibleu": -0.1, "self_bleu": 0.45}
+    assert selection_score(other, "ibleu", 0.45) > selection_score(alike, "ibleu", 0.45)
+    assert selection_score(alike, "ibleu", 1.0) == 0.5
+    worse = alike | {"ibleu": 0.4}
+    assert selection_score(alike, "ibleu", 0.45) > selection_score(worse, "ibleu", 0.45)

@@ -116,7 +116,9 @@ class OpenVinoEngine(Engine):
     def _calibrated(self, request: EngineRequest) -> Any:
         x_t, t = request.examples() if request.examples else (torch.empty(0), torch.empty(0))
         if not len(x_t):
-            raise UsageError("int8 is calibrated on examples, and there are none")
+            raise UsageError(
+                "int8 is calibrated on examples, and there are none; pass some hundred prompts"
+            )
         return openvino_model.quantized(self._model, x_t.float(), self.time_vectors[t])
 
 
