@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.release_cost import phase_costs, slices
-from benchmarks.release_temperature import Chosen, choose_temperature
+from benchmarks.release_temperature import OF_STUDENTS, OF_TEACHERS, Chosen, choose_temperature
 from dlmone_fast.data.rows import Row, load_rows
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.run import evaluate_model
@@ -143,7 +143,9 @@ def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, 
     found = {}
     for stage in ("stage1", "stage2"):
         say(f"{stage} on the validation split")
-        found[stage] = _choose(result, result.workspace.model(stage), 1, None, True, say)
+        found[stage] = _choose(
+            result, result.workspace.model(stage), 1, None, OF_STUDENTS, True, say
+        )
     # The second stage unless it is worse.
     best = max(("stage2", "stage1"), key=lambda stage: found[stage])
     return best, found[best].temperature
@@ -168,14 +170,16 @@ def _choose(
     folder: Path,
     steps: int,
     sampler: str | None,
-    student: bool,
+    temperatures: Sequence[float],
+    diverse: bool,
     say: Callable[[str], None],
 ) -> Chosen:
     config = result.workspace.config
     rows = load_rows(result.workspace.data_dir, "valid", limit=config.distill.validation_rows)
     return choose_temperature(
         result.root / f"temperature-{folder.name}.json", _load(result, folder), rows,
-        steps=steps, sampler=sampler, seed=config.seed, student=student, say=say,
+        steps=steps, sampler=sampler, seed=config.seed,
+        temperatures=temperatures, diverse=diverse, say=say,
     )  # fmt: skip
 
 
@@ -189,11 +193,15 @@ def _systems(
     few, sampler = TEACHER_STEPS[0], "q-sampling"
     yield _System("teacher, ddim", teacher, few, 1, rows, "ddim", 1.0)
     say("teacher on the validation split")
-    cold = _choose(result, result.teacher, few, sampler, False, say).temperature
-    name = f"teacher, {sampler}, temperature {cold:g}"
+    name = f"teacher, {sampler}, temperature "
+    # One text is best as the likeliest one; of ten that are alike none is better than another.
+    one, ten = (
+        _choose(result, result.teacher, few, sampler, OF_TEACHERS, diverse, say).temperature
+        for diverse in (False, True)
+    )
     for calls in TEACHER_STEPS:
-        yield _System(name, teacher, calls, 1, rows, sampler, cold)
-    yield _System(name, teacher, few, CANDIDATES, some, sampler, cold)
+        yield _System(f"{name}{one:g}", teacher, calls, 1, rows, sampler, one)
+    yield _System(f"{name}{ten:g}", teacher, few, CANDIDATES, some, sampler, ten)
     once = Generator(teacher.denoiser, student.tokenizer, student.settings, "fp32")
     yield _System("undistilled (θ = φ)", once, 1, 1, rows)
     for calls in STUDENT_STEPS:

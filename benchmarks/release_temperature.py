@@ -40,7 +40,8 @@ def choose_temperature(
     steps: int,
     sampler: str | None,
     seed: int,
-    student: bool,
+    temperatures: Sequence[float],
+    diverse: bool,
     say: Callable[[str], None],
 ) -> Chosen:
     """The temperature with the highest BLEU among those whose texts are not too much alike.
@@ -53,19 +54,21 @@ def choose_temperature(
         rows: of the validation split.
         steps, sampler: how the model is called.
         seed: of the texts.
-        student: whether `MAX_SELF_BLEU` bounds the self-BLEU, as `MAX_SOURCE_BLEU` always does the
+        temperatures: to choose from.
+        diverse: whether `MAX_SELF_BLEU` bounds the self-BLEU, as `MAX_SOURCE_BLEU` always does the
             source-BLEU.
         say: called with a line for each temperature.
     """
     found: dict[str, dict[str, float]] = {}
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-    temperatures = OF_STUDENTS if student else OF_TEACHERS
+    # A teacher's texts take as many calls as all of a student's.
+    candidates = 4 if steps == 1 else 2
     for temperature in temperatures:
         if str(temperature) in found:
             continue
         scores = evaluate_model(
-            model, rows=rows, num_candidates=4 if student else 2, steps=steps, sampler=sampler,
+            model, rows=rows, num_candidates=candidates, steps=steps, sampler=sampler,
             temperature=temperature, seed=seed, bootstrap=0, progress=False,
         )  # fmt: skip
         kept = {name: float(scores[name]) for name in ("bleu", "ibleu", "source_bleu", "self_bleu")}
@@ -75,7 +78,7 @@ def choose_temperature(
     allowed = [
         t for t in temperatures
         if found[str(t)]["source_bleu"] <= MAX_SOURCE_BLEU
-        and (not student or found[str(t)]["self_bleu"] <= MAX_SELF_BLEU)
+        and (not diverse or found[str(t)]["self_bleu"] <= MAX_SELF_BLEU)
     ]  # fmt: skip
     best = max(allowed or [1.0], key=lambda t: found[str(t)]["bleu"])
     return Chosen(bool(allowed), found[str(best)]["bleu"], best)

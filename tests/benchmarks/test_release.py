@@ -193,17 +193,17 @@ def test_a_temperature_is_chosen_among_texts_that_neither_copy_nor_repeat(
         },
     )
 
-    def choose(student: bool) -> float:
+    def choose(diverse: bool) -> float:
         return choose_temperature(
             tmp_path / "temperature-model.json", None, [],  # type: ignore[arg-type]
-            steps=1, sampler=None, seed=0, student=student, say=print,
+            steps=1, sampler=None, seed=0, temperatures=OF_STUDENTS, diverse=diverse, say=print,
         ).temperature  # fmt: skip
 
-    assert choose(student=True) == 0.5
-    assert choose(student=False) == 0.3
+    assert choose(diverse=True) == 0.5
+    assert choose(diverse=False) == 0.3
     # None within the bounds: as the model was trained.
-    finished.keep("model", **{f"t{t}": {"source_bleu": 0.9} for t in OF_TEACHERS})
-    assert choose(student=False) == 1.0
+    finished.keep("model", **{f"t{t}": {"source_bleu": 0.9} for t in OF_STUDENTS})
+    assert choose(diverse=False) == 1.0
 
 
 def test_what_one_text_cannot_have_is_left_empty():
