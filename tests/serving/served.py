@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 class Server:
@@ -66,7 +66,7 @@ class Server:
     def send(
         self, method: str, path: str, body: Any = None, headers: Any = None, **options: Any
     ) -> tuple[int, dict[str, str], str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, headers or {}, **options)
             answer = connection.getresponse()
