@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test reliability aot sanitize bench bench-kernels lint types imports check clean
+.PHONY: help setup demo demo-seeds test reliability scale aot sanitize bench bench-kernels lint types imports check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -30,6 +30,11 @@ test: $(READY)  ## run the tests
 reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; writes docs/reliability.md
 	-$(PY) -m pytest tests/reliability -q --campaign --figures build/reliability.json
 	$(PY) -m benchmarks.reliability build/reliability.json
+
+scale: $(READY)  ## ranks, bulk generation and serving, tested, timed and loaded; 30 minutes on 2 cores; writes docs/scaling.md
+	$(PY) -m pytest tests/training/test_ranks.py tests/bulk tests/serving -q
+	$(PY) -m benchmarks.ranks
+	$(PY) -m benchmarks.serving
 
 aot: $(READY)  ## compile every Triton kernel for A100 and H100, without a GPU
 	$(PY) -m dlmone_fast.kernels.triton.aot --jobs 2

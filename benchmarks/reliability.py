@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.pages import replace_section, where_measured
 from dlmone_fast.cli import run_command
 from dlmone_fast.errors import DataError
 from dlmone_fast.evaluation.table import Table
 
 PAGE = records.ROOT / "docs" / "reliability.md"
-_BEGIN, _END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # What the campaign is about; a number without a figure is said to be missing.
 SUBJECTS = {
     "R1": "training killed at random moments",
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not passed:
         print("\nThe campaign did not pass; the page stays as it is.")
         return 1
-    PAGE.write_text(_between_marks(PAGE.read_text(encoding="utf-8"), section), encoding="utf-8")
+    replace_section(PAGE, "figures", section)
     return 0
 
 
@@ -82,31 +82,16 @@ def figures_section(found: Mapping[str, Any]) -> str:
     for row in sorted(figures, key=lambda row: (_order(row["number"]), row["subject"])):
         table.add(row["number"], row["subject"], row["target"], row["measured"])
     missing = SUBJECTS.keys() - {row["number"] for row in figures}
-    lines = [_where(environment, found["campaign"]), "", table.markdown()]
+    counts = "" if found["campaign"] else " Reduced counts: for the full ones, `make reliability`."
+    lines = [where_measured(environment) + counts, "", table.markdown()]
     if missing:
         named = "; ".join(f"{n} ({SUBJECTS[n]})" for n in sorted(missing, key=_order))
         lines += ["", f"Not measured in this run: {named}."]
     return "\n".join(lines)
 
 
-def _where(environment: Mapping[str, Any], campaign: bool) -> str:
-    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
-    counts = "" if campaign else " Reduced counts: for the full ones, `make reliability`."
-    return (
-        f"{environment['date'][:10]}, {environment['cores']} cores of {environment['cpu']}, Python "
-        f"{environment['python']}, torch {environment['torch']}, commit "
-        f"{(environment['commit'] or 'unknown')[:10]}{changes}.{counts}"
-    )
-
-
 def _order(number: str) -> int:
     return int(number.removeprefix("R"))
-
-
-def _between_marks(page: str, section: str) -> str:
-    before, rest = page.split(_BEGIN)
-    after = rest.split(_END)[1]
-    return f"{before}{_BEGIN}\n{section}\n{_END}{after}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def written(tmp_path: Path, exit_status: int, **changes: Any) -> Path:
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "page.md"
-    path.write_text(f"before\n{reliability._BEGIN}\nold\n{reliability._END}\nafter\n")
+    path.write_text("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n")
     monkeypatch.setattr(reliability, "PAGE", path)
     return path
 
@@ -70,4 +70,4 @@ def test_another_file_is_refused(tmp_path: Path, page: Path, content: str):
 
 def test_the_committed_page_has_its_marks_once():
     text = (reliability.records.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    assert text.count(reliability._BEGIN) == text.count(reliability._END) == 1
+    assert text.count("<!-- figures: begin -->") == text.count("<!-- figures: end -->") == 1
