@@ -65,7 +65,7 @@ def test_no_answer_is_lost_or_swapped_where_calls_are_refused(campaign, figure, 
         assert found in (None, [expected[i] for i in lists])
         time.sleep(5e-3)
 
-    calls = (30_000 if campaign else 800) // THREADS
+    calls = (15_000 if campaign else 800) // THREADS
     crowd = ask_from_threads(
         insistent, prompts, threads=THREADS, calls=calls, beside=ask_for_a_list  # type: ignore[arg-type]
     )  # fmt: skip
