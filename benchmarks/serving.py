@@ -1,8 +1,8 @@
 """Load tests of the server, `python -m benchmarks.serving`, about 15 minutes on 2 idle cores.
 
 A small model takes 20,000 requests, each with a known answer, then more than it accepts; one of
-BERT-base's shape is set against the bare `generate()` of the same prompts, half before and half
-after. `--servers litserve ray` compares with Ray Serve instead. Prints the tables, writes a record
+BERT-base's shape is set against the bare `generate()` of the same prompts, by turns.
+`--servers litserve ray` compares with Ray Serve instead. Prints the tables, writes a record
 to benchmarks/results/serving/ and puts the tables into docs/scaling.md, between their marks.
 """
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,20 @@ from benchmarks.serving_packages import installed
 from benchmarks.serving_setup import BATCH, SERVERS, Served
 from benchmarks.serving_tables import comparison_table, load_table, overload_table
 from dlmone_fast.cli import run_command
-from dlmone_fast.errors import DlmOneError
 from dlmone_fast.runtime import Generator, load_model
 
 PAGE = records.ROOT / "docs" / "scaling.md"
 REQUESTS, BASE_REQUESTS, OVERLOAD, ALONE = 20_000, 320, 5_000, 300
-CLIENTS, OVERLOAD_CLIENTS = 2 * BATCH, 128
+CLIENTS, OVERLOAD_CLIENTS, ROUNDS = 2 * BATCH, 128, 5
 _LIBRARIES = ("litserve", "ray", "fastapi", "starlette", "uvicorn", "pydantic", "aiohttp")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests to a model, with their known answers.
+    """Requests to a model.
 
     Attributes:
         threads: of PyTorch, in the bare calls and in the servers.
-        bare: seconds of the bare `generate()` for all prompts, half of it before the servers ran
-            and half after; bare_cpu: its processor seconds.
     """
 
     name: str
@@ -54,14 +51,6 @@ class Workload:
     prompts: list[str]
     seeds: list[int]
     threads: int
-    answers: list[str] = field(default_factory=list)
-    bare: list[float] = field(default_factory=list)
-    bare_cpu: list[float] = field(default_factory=list)
-
-    @property
-    def bare_per_second(self) -> float:
-        """Prompts a second of the bare `generate()`."""
-        return len(self.prompts) / sum(self.bare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,60 +105,70 @@ def _workloads(folder: Path, options: argparse.Namespace) -> list[Workload]:
 
 
 def _measured(work: Workload, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A run a server between two halves of the bare calls, and what the small model has beside."""
+    """A run a server, and what the small model has beside."""
     torch.set_num_threads(work.threads)
     generator = load_model(work.folder, "cpu", "fp32", backend="eager")
-    half = len(work.prompts) // 2
     generator.warmup((BATCH,))
     runs: list[dict[str, Any]] = []
-    _bare(work, generator, 0, half)
-    # The answers of the second half are needed before they are timed.
-    answers = _known(work, generator, half)
     for server in options.servers:
-        runs += _loaded(work, server, answers, options)
-    _bare(work, generator, half, len(work.prompts))
-    if work.answers != answers:
-        raise DlmOneError(f"{work.name}: the bare generate() did not repeat its own answers")
-    for run in runs:
-        run |= {"bare_per_second": work.bare_per_second, "bare_cpu": sum(work.bare_cpu),
-                "bare_seconds": work.bare}  # fmt: skip
+        runs += _loaded(work, server, generator, options)
     return runs
 
 
-def _known(work: Workload, generator: Generator, done: int) -> list[str]:
-    rest = generator.generate(
-        work.prompts[done:], seed=work.seeds[done:], batch_size=BATCH, progress=False,
-        on_overflow="truncate",
-    )  # fmt: skip
-    return [*work.answers, *map(str, rest)]
+def _loaded(
+    work: Workload, server: str, generator: Generator, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    with _serving(server, work.folder, work.threads) as served:
+        runs, answers = [], _bare(work, generator, 0, BATCH)[0]
+        ask(served.url, work.prompts[:BATCH], work.seeds[:BATCH], answers, BATCH)
+        run, answers = _by_turns(work, server, generator, served)
+        runs.append(run)
+        if work.name == "small":
+            runs.append(_run("alone", work, server, served, answers[:ALONE], 1))
+    if work.name == "small" and server == "litserve" and options.overload:
+        with _serving(server, work.folder, work.threads, "--max-queued", "0") as served:
+            some = answers[: options.overload]
+            runs.append(_run("overload", work, server, served, some, OVERLOAD_CLIENTS))
+    return runs
 
 
-def _bare(work: Workload, generator: Generator, first: int, last: int) -> None:
-    """`generate()` of a part of the prompts, a call a batch."""
+def _by_turns(
+    work: Workload, server: str, generator: Generator, served: Served
+) -> tuple[dict[str, Any], list[str]]:
+    """The bare calls and the server on the same prompts, a part after the other: other work on the
+    machine comes and goes."""
+    load, answers, cpu = Load(), list[str](), 0.0
+    bare: dict[str, list[float]] = {"seconds": [], "cpu": [], "overheads": []}
+    size = -(-len(work.prompts) // ROUNDS)
+    for first in range(0, len(work.prompts), size):
+        last = min(first + size, len(work.prompts))
+        print(f"{work.name}, {server}: {last} of {len(work.prompts)}", file=sys.stderr)
+        part, seconds, spent = _bare(work, generator, first, last)
+        answers += part
+        before = served.cpu()
+        more = ask(served.url, work.prompts[first:last], work.seeds[first:last], part, CLIENTS)
+        cpu += served.cpu() - before
+        load.add(more)
+        bare["seconds"].append(seconds)
+        bare["cpu"].append(spent)
+        bare["overheads"].append(1 - seconds / more.seconds)
+    beside = {"bare": bare, "bare_per_second": len(answers) / sum(bare["seconds"])}
+    return _described("load", work, server, served, CLIENTS, answers, load, cpu) | beside, answers
+
+
+def _bare(
+    work: Workload, generator: Generator, first: int, last: int
+) -> tuple[list[str], float, float]:
+    """`generate()` of a part of the prompts, a call a batch: answers, seconds, CPU seconds."""
+    answers: list[str] = []
     started, cpu = time.perf_counter(), time.process_time()
     for begin in range(first, last, BATCH):
         end = min(begin + BATCH, last)
         texts = generator.generate(
             work.prompts[begin:end], seed=work.seeds[begin:end], batch_size=BATCH, progress=False
         )
-        work.answers.extend(map(str, texts))
-    work.bare.append(time.perf_counter() - started)
-    work.bare_cpu.append(time.process_time() - cpu)
-
-
-def _loaded(
-    work: Workload, server: str, answers: list[str], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    with _serving(server, work.folder, work.threads) as served:
-        ask(served.url, work.prompts[:BATCH], work.seeds[:BATCH], answers[:BATCH], BATCH)
-        runs = [_run("load", work, server, served, answers, len(work.prompts), CLIENTS)]
-        if work.name == "small":
-            runs.append(_run("alone", work, server, served, answers, ALONE, 1))
-    if work.name == "small" and server == "litserve" and options.overload:
-        with _serving(server, work.folder, work.threads, "--max-queued", "0") as served:
-            count = min(options.overload, len(work.prompts))
-            runs.append(_run("overload", work, server, served, answers, count, OVERLOAD_CLIENTS))
-    return runs
+        answers.extend(map(str, texts))
+    return answers, time.perf_counter() - started, time.process_time() - cpu
 
 
 class _serving:  # noqa: N801
@@ -186,15 +185,21 @@ class _serving:  # noqa: N801
 
 
 def _run(
-    kind: str, work: Workload, server: str, served: Served, answers: list[str], count: int,
-    clients: int,
+    kind: str, work: Workload, server: str, served: Served, answers: list[str], clients: int
+) -> dict[str, Any]:
+    count, cpu = len(answers), served.cpu()
+    print(f"{work.name}, {server}, {kind}: {count}", file=sys.stderr)
+    load = ask(served.url, work.prompts[:count], work.seeds[:count], answers, clients)
+    return _described(kind, work, server, served, clients, answers, load, served.cpu() - cpu)
+
+
+def _described(
+    kind: str, work: Workload, server: str, served: Served, clients: int, answers: list[str],
+    load: Load, cpu: float,
 ) -> dict[str, Any]:  # fmt: skip
-    print(f"{work.name}, {server}, {kind}: {count} requests", file=sys.stderr)
-    cpu = served.cpu()
-    load = ask(served.url, work.prompts[:count], work.seeds[:count], answers[:count], clients)
     return {
-        "kind": kind, "model": work.name, "server": server, "requests": count, "clients": clients,
-        "distinct": distinct(answers[:count]), "server_cpu": served.cpu() - cpu,
+        "kind": kind, "model": work.name, "server": server, "requests": len(answers),
+        "clients": clients, "distinct": distinct(answers), "server_cpu": cpu,
         "processes": served.processes(), "megabytes": served.megabytes(),
         "start_seconds": served.start_seconds, **_figures(load),
     }  # fmt: skip

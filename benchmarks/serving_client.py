@@ -33,6 +33,15 @@ class Load:
     wrong: int = 0
     lost: int = 0
 
+    def add(self, more: Load) -> None:
+        """Count in what came of further requests."""
+        self.seconds += more.seconds
+        self.client_cpu += more.client_cpu
+        self.wrong += more.wrong
+        self.lost += more.lost
+        for status, found in more.latencies.items():
+            self.latencies.setdefault(status, []).extend(found)
+
     @property
     def statuses(self) -> dict[int, int]:
         """Answers by status."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_table(runs: Sequence[Run]) -> Table:
                 run["model"], f"{run['requests']:,}", run["clients"], f"{run['per_second']:,.1f}",
                 f"{run['bare_per_second']:,.1f}" if whole else None,
                 f"{overhead(run):.0%}" if whole else None, *_latency(run),
-                f"{run['server_cpu']:,.1f}", f"{run['bare_cpu']:,.1f}" if whole else None,
+                f"{run['server_cpu']:,.1f}", f"{sum(run['bare']['cpu']):,.1f}" if whole else None,
                 f"{run['client_cpu']:,.1f}", run["lost"] + run["wrong"],
             )  # fmt: skip
     return table
@@ -68,8 +69,8 @@ def comparison_table(runs: Sequence[Run], packages: Mapping[str, Mapping[str, fl
 
 
 def overhead(run: Run) -> float:
-    """What serving takes from the throughput of the bare calls, as a share of it."""
-    return float(1 - run["per_second"] / run["bare_per_second"])
+    """What serving takes from the throughput of the bare calls: the median over the turns."""
+    return statistics.median(run["bare"]["overheads"])
 
 
 def _latency(run: Run, status: str = "200") -> tuple[str, str]:
