@@ -45,6 +45,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "log_every": (1, 1_000_000),
     "max_bad_steps": (1, 1_000_000),
     "max_minutes": (0, 1e6),
+    "rank_minutes": (0.01, 1e4),
     "model.seq_len": (8, 4096),
     "model.vocab_size": (0, 1 << 20),
     "model.embedding_dim": (4, 8192),

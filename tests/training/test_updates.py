@@ -289,7 +289,8 @@ def test_the_best_student_is_kept_raw_or_averaged(
     phase = stage_phase(tiny(tmp_path / "run"), finished)
     # At step 0 the average is the student itself: only one is scored.
     script = iter([0.3, 0.2, 0.4, 0.4, 0.1])
-    monkeypatch.setattr(phase.validator, "scores", lambda _: {"bleu": next(script)})
+    scores = lambda _: {"bleu": next(script), "self_bleu": 0.5}  # noqa: E731
+    monkeypatch.setattr(phase.validator, "scores", scores)
     monkeypatch.setattr(phase.validator, "show_samples", lambda *_: None)
     expected = [(0.3, "raw at step 0"), (0.4, "ema at step 3")]
     phase.validate(0, Silent())  # type: ignore[arg-type]
