@@ -142,7 +142,6 @@ def _by_turns(
     size = -(-len(work.prompts) // ROUNDS)
     for first in range(0, len(work.prompts), size):
         last = min(first + size, len(work.prompts))
-        print(f"{work.name}, {server}: {last} of {len(work.prompts)}", file=sys.stderr)
         part, seconds, spent = _bare(work, generator, first, last)
         answers += part
         before = served.cpu()
@@ -152,6 +151,10 @@ def _by_turns(
         bare["seconds"].append(seconds)
         bare["cpu"].append(spent)
         bare["overheads"].append(1 - seconds / more.seconds)
+        print(
+            f"{work.name}, {server}: {last} of {len(work.prompts)}, bare {seconds:.1f} s, served "
+            f"{more.seconds:.1f} s", file=sys.stderr,
+        )  # fmt: skip
     beside = {"bare": bare, "bare_per_second": len(answers) / sum(bare["seconds"])}
     return _described("load", work, server, served, CLIENTS, answers, load, cpu) | beside, answers
 
