@@ -27,6 +27,7 @@ CANDIDATES = 10
 
 STUDENT_STEPS = (1, 2, 4)
 TEACHER_STEPS = (20, 50)
+TEACHER_SAMPLER = "q-sampling"
 _BATCH_SIZE = 256
 
 # Title, metric, whether half of its interval is shown.
@@ -151,6 +152,23 @@ def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, 
     return best, found[best].temperature
 
 
+def teacher_temperature(result: RunResult, *, diverse: bool, say: Callable[[str], None]) -> float:
+    """The teacher's best temperature on the validation split, at its fewest calls.
+
+    One text is best as the likeliest one; of several that are alike none is better than another.
+
+    Args:
+        result: a finished run.
+        diverse: whether several texts of a source are wanted.
+        say: called with a line for each temperature that is measured.
+    """
+    assert result.teacher is not None
+    chosen = _choose(
+        result, result.teacher, TEACHER_STEPS[0], TEACHER_SAMPLER, OF_TEACHERS, diverse, say
+    )
+    return chosen.temperature
+
+
 def table(rows: Sequence[Scored], task: str) -> Table:
     """One line a row, the paper's below."""
     found = Table(["system", "NFE", "texts", "sources", *(title for title, _, _ in COLUMNS)])
@@ -190,15 +208,11 @@ def _systems(
     some = rows[: budget.mbr_rows or len(rows)]
     assert result.teacher is not None
     student, teacher = _load(result, folder), _load(result, result.teacher)
-    few, sampler = TEACHER_STEPS[0], "q-sampling"
+    few, sampler = TEACHER_STEPS[0], TEACHER_SAMPLER
     yield _System("teacher, ddim", teacher, few, 1, rows, "ddim", 1.0)
     say("teacher on the validation split")
     name = f"teacher, {sampler}, temperature "
-    # One text is best as the likeliest one; of ten that are alike none is better than another.
-    one, ten = (
-        _choose(result, result.teacher, few, sampler, OF_TEACHERS, diverse, say).temperature
-        for diverse in (False, True)
-    )
+    one, ten = (teacher_temperature(result, diverse=diverse, say=say) for diverse in (False, True))
     for calls in TEACHER_STEPS:
         yield _System(f"{name}{one:g}", teacher, calls, 1, rows, sampler, one)
     yield _System(f"{name}{ten:g}", teacher, few, CANDIDATES, some, sampler, ten)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dlmone_fast
 from benchmarks.release_data import overlap
-from benchmarks.release_evaluation import TEACHER_STEPS, table
+from benchmarks.release_evaluation import (
+    TEACHER_SAMPLER,
+    TEACHER_STEPS,
+    table,
+    teacher_temperature,
+)
 from dlmone_fast.config import Config, to_dict
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.evaluation.seeds import row_seeds
@@ -90,6 +95,7 @@ def save_release(
     schedule: str,
     evaluation: dict[str, Any],
     terms: str,
+    say: Callable[[str], None],
 ) -> Path:
     """The same weights in the run's folder `release`, with evaluation, configuration and card.
 
@@ -100,6 +106,7 @@ def save_release(
         schedule: name of the schedule.
         evaluation: what evaluation.json is to hold.
         terms: of the data.
+        say: called with a line for each temperature of the teacher that is still to be measured.
     """
     config, rows = result.workspace.config, evaluation["rows"]
     sources = [row.src for row in load_rows(result.workspace.data_dir, "test")]
@@ -116,7 +123,7 @@ def save_release(
         terms=terms, overlap=overlap(result.workspace.data_dir), version=dlmone_fast.__version__,
         cost=_cost(evaluation), slices=_slices(evaluation), shown=len(shown), every=every,
         table=table(rows, config.data.task).markdown(), seq_len=model["seq_len"],
-        outputs=_outputs(result, sources, shown),
+        outputs=_outputs(result, sources, shown, say),
         case=" in lower case" if config.data.lowercase else "",
     )  # fmt: skip
     extra = {"evaluation.json": evaluation, "training.json": to_dict(_portable(config))}
@@ -167,19 +174,28 @@ def _slices(evaluation: dict[str, Any]) -> str:
     return ", ".join([*found, f"the last one on {evaluation['device']}"])
 
 
-def _outputs(result: RunResult, sources: Sequence[str], rows: Sequence[int]) -> str:
+def _outputs(
+    result: RunResult, sources: Sequence[str], rows: Sequence[int], say: Callable[[str], None]
+) -> str:
     seeds = row_seeds(result.workspace.config.seed, len(sources))
     assert result.teacher is not None
-    columns = []
-    for folder, calls in ((result.teacher, TEACHER_STEPS[0]), (result.root / "candidate", 1)):
+    calls, temperature = TEACHER_STEPS[0], teacher_temperature(result, diverse=False, say=say)
+
+    def texts_of(folder: Path, **how: Any) -> list[str]:
         model = load_model(folder, result.workspace.config.device, "fp32", backend="eager")
         found = model.generate_candidates(
-            [sources[row] for row in rows], steps=calls, seeds=[seeds[row] for row in rows],
-            on_overflow="truncate", progress=False,
+            [sources[row] for row in rows], seeds=[seeds[row] for row in rows],
+            on_overflow="truncate", progress=False, **how,
         )  # fmt: skip
-        columns.append([texts[0] for texts in found.texts])
-    lines = [f"| row | teacher, {TEACHER_STEPS[0]} calls | student, one call |", "|--:|---|---|"]
-    for row, *texts in zip(rows, *columns, strict=True):
+        return [texts[0] for texts in found.texts]
+
+    teachers = texts_of(
+        result.teacher, steps=calls, sampler=TEACHER_SAMPLER, temperature=temperature
+    )
+    students = texts_of(result.root / "candidate", steps=1)
+    title = f"teacher, {calls} calls, temperature {temperature:g}"
+    lines = [f"| row | {title} | student, one call |", "|--:|---|---|"]
+    for row, *texts in zip(rows, teachers, students, strict=True):
         lines.append(" | ".join([f"| {row}", *map(_cell, texts)]) + " |")
     return "\n".join(lines)
 

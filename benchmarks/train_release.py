@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evaluation = evaluate_release(result, candidate, budget, _say)
     finally:
         _note_slice(config, started)
-    folder = save_release(result, stage, temperature, options.schedule, evaluation, terms)
+    folder = save_release(result, stage, temperature, options.schedule, evaluation, terms, _say)
     print(table(evaluation["rows"], config.data.task).markdown())
     _say(f"model folder: {folder}")
     return 0
