@@ -23,8 +23,8 @@ demo: $(READY)  ## train, distil and evaluate on the grammar task, about 10 minu
 demo-seeds: $(READY)  ## the demo for the seeds 1, 2 and 3, held against what it promises
 	$(PY) -m benchmarks.demo_seeds
 
-test: $(READY)  ## run the tests
-	$(PY) -m pytest tests -q
+test: $(READY)  ## run the tests, 8 minutes on 2 cores
+	$(PY) -m pytest tests -q -n logical --maxprocesses 4 --dist loadfile
 
 # The table is for a failed campaign too, and its command says how the campaign ended.
 reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; writes docs/reliability.md

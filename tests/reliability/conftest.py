@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from figures import Figure
 from trainings import TrainingServer, build_faults, everything_on, write_config
 
 from benchmarks.records import environment
-
-Figure = Callable[[str, str, str, str], None]
 
 _FIGURES = pytest.StashKey[list[dict[str, str]]]()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from config_keys import BOUNDS, KINDS, WRONG_WORDS
-from conftest import Figure
+from figures import Figure
 from startup import LIMIT_SECONDS, best_seconds, seconds_allowed
 
 from dlmone_fast import train

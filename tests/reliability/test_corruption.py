@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Figure
 from damage import DAMAGES, damage
+from figures import Figure
 from resealing import edit_json, edit_tensors
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from conftest import Figure
+from figures import Figure
 from resealing import edit_json, edit_tensors
 from tiny_training import tiny_config
 

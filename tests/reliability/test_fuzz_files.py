@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Figure
+from figures import Figure
 from fuzz_targets import TARGETS, accepts, seeds
 from fuzzing import has_atheris, run_plain
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Figure
+from figures import Figure
 
 from dlmone_fast import import_diffuseq
 from dlmone_fast.cli import run_command

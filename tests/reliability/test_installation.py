@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import Figure
+from figures import Figure
 from test_no_network import BLOCK, without_interfaces
 
 ROOT = Path(__file__).resolve().parents[2]

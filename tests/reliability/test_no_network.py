@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conftest import Figure
+from figures import Figure
 
 TESTS = Path(__file__).resolve().parents[1]
 BLOCK = TESTS / "reliability" / "no_network"

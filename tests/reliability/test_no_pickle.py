@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Figure
+from figures import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTER = "dlmone_fast/models/diffuseq.py"
