@@ -32,7 +32,8 @@ reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; 
 	$(PY) -m benchmarks.reliability build/reliability.json
 
 scale: $(READY)  ## ranks, bulk generation and serving, tested, timed and loaded; 30 minutes on 2 cores; writes docs/scaling.md
-	$(PY) -m pytest tests/training/test_ranks.py tests/bulk tests/serving -q
+	$(PY) -m pytest tests/training/test_ranks.py tests/training/test_ranks_compiled.py --campaign -q
+	$(PY) -m pytest tests/bulk tests/serving -q
 	$(PY) -m benchmarks.ranks
 	$(PY) -m benchmarks.serving
 

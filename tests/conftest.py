@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--campaign",
         action="store_true",
-        help="tests/reliability with the full counts of docs/reliability.md",
+        help="full counts in tests/reliability, and tests that compile for minutes",
     )
     group.addoption("--figures", metavar="FILE", help="write what tests/reliability measured, JSON")
     group.addoption(
@@ -33,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the losses that tests/reliability/test_golden_losses.py compares with",
     )
+
+
+@pytest.fixture(scope="session")
+def campaign(request: pytest.FixtureRequest) -> bool:
+    """Whether full counts are asked for; otherwise a part that fits in every test run."""
+    return bool(request.config.getoption("campaign"))
 
 
 def _optional_directory(variable: str, default: Path) -> Path:

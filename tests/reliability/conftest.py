@@ -1,4 +1,4 @@
-"""Fixtures of the campaign: how much of it runs, and where its figures go."""
+"""Fixtures of the campaign, and where its figures go."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ from trainings import TrainingServer, build_faults, everything_on, write_config
 from benchmarks.records import environment
 
 _FIGURES = pytest.StashKey[list[dict[str, str]]]()
-
-
-@pytest.fixture(scope="session")
-def campaign(request: pytest.FixtureRequest) -> bool:
-    """Whether full counts are asked for; otherwise a part that fits in every test run."""
-    return bool(request.config.getoption("campaign"))
 
 
 @pytest.fixture(scope="session")
