@@ -26,8 +26,10 @@ demo-seeds: $(READY)  ## the demo for the seeds 1, 2 and 3, held against what it
 test: $(READY)  ## run the tests, 8 minutes on 2 cores
 	$(PY) -m pytest tests -q -n logical --maxprocesses 4 --dist loadfile
 
+# Where atheris cannot be installed, files are fuzzed without coverage, and the table says so.
 # The table is for a failed campaign too, and its command says how the campaign ended.
 reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; writes docs/reliability.md
+	-$(PY) -m pip install --disable-pip-version-check -q -e ".[fuzz]"
 	-$(PY) -m pytest tests/reliability -q --campaign --figures build/reliability.json
 	$(PY) -m benchmarks.reliability build/reliability.json
 

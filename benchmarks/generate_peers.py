@@ -23,6 +23,7 @@ from benchmarks import generate_targets as names
 from benchmarks.generate_cases import TUNED_BATCHES, Model
 from benchmarks.peers import expression_argmin, matmul_argmin
 from dlmone_fast.data.batches import source_batch
+from dlmone_fast.runtime.engines.openvino_model import without_telemetry
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """x_t [B, L, d] and network time [B] → x̂0 [B, L, d], all fp32."""
@@ -204,7 +205,8 @@ def _onnx_runtime(path: Path) -> Network:
 
 
 def _openvino(path: Path) -> Network:
-    import openvino
+    with without_telemetry():
+        import openvino
 
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.serving_client import Load, ask, distinct
 
+pytestmark = pytest.mark.loopback
+
 
 class Flawed(BaseHTTPRequestHandler):
     """Answers with the seed's text; swaps 3 and 4, hangs up on 5, is full for 6."""

@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from installed import skip_without
 
 from dlmone_fast.errors import BackendUnavailableError
 from dlmone_fast.generate_bulk import main
 
-pytest.importorskip("ray", reason="pip install 'dlmone_fast[ray]'")
+skip_without("ray")
 TIMEOUT = 300
 
 
@@ -45,6 +46,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.loopback
 def test_a_killed_worker_loses_and_doubles_no_row(tmp_path: Path, environment: dict[str, str]):
     source, model = tmp_path / "in.jsonl", tiny.save(tmp_path / "model")
     rows = [json.dumps({"src": text}) for text in tiny.prompts(3000)]

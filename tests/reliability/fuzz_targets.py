@@ -87,15 +87,16 @@ def _edit(holder: Any, key: Any, feed: Feed) -> None:
     if kind == 0:
         del holder[key]
     elif kind == 1:
-        holder[key] = ODD_VALUES[feed.number(len(ODD_VALUES))]
+        # A copy: the next edit may be within it.
+        holder[key] = copy.deepcopy(ODD_VALUES[feed.number(len(ODD_VALUES))])
     elif kind == 2:
         holder[key] = feed.text()
     elif kind == 3:
         holder[key] = feed.number(1 << 16) - 1000
     elif isinstance(holder, dict):
-        holder[feed.text()] = holder[key]
+        holder[feed.text()] = copy.deepcopy(holder[key])
     else:
-        holder.append(holder[key])
+        holder.append(copy.deepcopy(holder[key]))
 
 
 def json_bytes(document: Any, data: bytes) -> bytes:

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import tiny
 import torch
+from installed import skip_without
 from torch import Tensor
 
 from dlmone_fast.runtime import Generator
@@ -80,7 +81,7 @@ def rounding_badly() -> Generator:
 @pytest.mark.parametrize("backend", ["eager", "openvino"])
 def test_no_companion_changes_a_text(campaign, figure, backend):  # type: ignore[no-untyped-def]
     if backend == "openvino":
-        pytest.importorskip("openvino")
+        skip_without("openvino")
     generator = tiny.generator(backend=backend)
     prompts = population(10_000 if campaign else 500)
     expected = alone(generator, prompts)
@@ -121,8 +122,8 @@ def test_rows_run_alone_are_the_same_in_any_precision(campaign, figure, backend,
     if not campaign:
         pytest.skip("part of the full counts; tests/runtime/test_promises.py has a short one")
     if precision == "int8":
-        pytest.importorskip("openvino")
-        pytest.importorskip("nncf")
+        skip_without("openvino")
+        skip_without("nncf")
     calibration = tiny.prompts(40, seed=1) if precision == "int8" else None
     generator = tiny.generator(backend=backend, precision=precision, calibration=calibration)
     prompts = population(1_000)

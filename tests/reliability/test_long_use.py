@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import skip_without
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -24,7 +25,7 @@ def measured(request: pytest.FixtureRequest, campaign: bool) -> dict[str, Any]:
     if importlib.util.find_spec("psutil") is None or not Path("/proc/self/statm").exists():
         pytest.skip("reads a process's memory and threads by psutil and Linux's /proc")
     if request.param != "eager":
-        pytest.importorskip(request.param)
+        skip_without(request.param)
     prompts, loads = (50_000, 200) if campaign else (1_200, 16)
     paths = os.pathsep.join([str(HERE.parent), str(ROOT)])
     done = subprocess.run(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 from crowd import STANDSTILL, ask_from_threads
+from installed import skip_without
 
 from dlmone_fast.errors import QueueFullError
 from dlmone_fast.runtime import Generator
@@ -48,7 +49,7 @@ class Insistent:
 @pytest.mark.parametrize("backend", ["eager", "openvino"])
 def test_no_answer_is_lost_or_swapped_where_calls_are_refused(campaign, figure, backend):  # type: ignore[no-untyped-def]
     if backend == "openvino":
-        pytest.importorskip("openvino")
+        skip_without("openvino")
     prompts = tiny.prompts(400)
     expected = tiny.generator(backend=backend).generate(prompts, seed=range(len(prompts)))
     assert len(set(expected)) > 0.5 * len(expected), "swapped answers would not show"

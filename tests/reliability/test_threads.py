@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 from crowd import STANDSTILL, ask_from_threads
+from installed import skip_without
 
 import dlmone_fast
 from dlmone_fast.errors import ModelNotLoadedError
@@ -19,7 +20,7 @@ THREADS = 16
 @pytest.mark.parametrize("backend", ["eager", "openvino"])
 def test_threads_get_the_serial_answers(tmp_path: Path, monkeypatch, campaign, figure, backend):  # type: ignore[no-untyped-def]
     if backend == "openvino":
-        pytest.importorskip("openvino")
+        skip_without("openvino")
     monkeypatch.setattr(default, "_last", [])
     monkeypatch.setattr(default, "_loaded", {})
     folders = [tiny.save(tmp_path / str(seed), seed=seed) for seed in range(3)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from installed import skip_without
 
 import dlmone_fast
 from dlmone_fast.errors import (
@@ -104,7 +105,7 @@ def test_auto_that_finds_nothing_tells_every_reason(tmp_path):  # type: ignore[n
 @pytest.mark.parametrize("backend", ["eager", "openvino"])
 def test_unloading_gives_the_weights_back(tmp_path, monkeypatch, backend):  # type: ignore[no-untyped-def]
     if backend == "openvino":
-        pytest.importorskip("openvino")
+        skip_without("openvino")
     monkeypatch.setattr(default, "_last", [])
     generator = dlmone_fast.load(tiny.save(tmp_path / "model"), backend=backend)
     generator.generate("ba")

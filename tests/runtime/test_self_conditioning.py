@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 
 import pytest
 import tiny
 import torch
+from installed import skip_without
 from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
@@ -63,8 +63,8 @@ def test_a_teacher_samples_with_its_last_prediction(backend: str) -> None:
 def test_a_student_answers_as_without_the_projection(
     backend: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "openvino" and importlib.util.find_spec("openvino") is None:
-        pytest.skip("OpenVINO is not installed")
+    if backend == "openvino":
+        skip_without("openvino")
     # Traced only: whether it traces is the question, and compiling takes a minute.
     traced = partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, **_: traced(f))
@@ -84,8 +84,7 @@ def test_other_engines_refuse_such_a_teacher_with_the_reason(backend: str) -> No
 
 
 def test_a_runner_without_estimates_takes_a_first_call_alone() -> None:
-    if importlib.util.find_spec("openvino") is None:
-        pytest.skip("OpenVINO is not installed")
+    skip_without("openvino")
     denoiser = self_conditioned()
     runner = make_engine("openvino", EngineRequest(denoiser, "fp32")).runner()
     x_t, t = torch.randn(2, tiny.SEQ_LEN, 16), torch.tensor([3, 30])

@@ -17,6 +17,7 @@ from served import Server, gone, until
 
 from dlmone_fast.errors import EXIT_MODEL, EXIT_PROCESS_LOST, EXIT_USAGE
 
+pytestmark = pytest.mark.loopback
 TIMEOUT_S = 4.0
 IN_FLIGHT = 8
 LIMITS = ("--max-batch-size", "4", "--max-queued", "4", "--timeout-s", str(TIMEOUT_S))

@@ -22,6 +22,7 @@ from dlmone_fast.models.checkpoint import list_checkpoints
 from dlmone_fast.training import ranks
 from dlmone_fast.training.ranks import Ranks, open_ranks
 
+pytestmark = pytest.mark.loopback
 PROCESS = Path(__file__).with_name("rank_process.py")
 ROOT = PROCESS.parents[2]
 TIMEOUT = 120

@@ -13,6 +13,7 @@ from tiny_training import tiny_config
 
 from dlmone_fast.config import to_toml
 
+pytestmark = pytest.mark.loopback
 ROOT = Path(__file__).resolve().parents[2]
 
 

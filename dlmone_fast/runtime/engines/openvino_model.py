@@ -86,25 +86,31 @@ def core() -> Any:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One thread at a time, and OpenVINO's telemetry out of sight.
+    """One thread at a time, and nothing reported."""
+    with _LOCK, without_telemetry():
+        yield
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """OpenVINO's telemetry out of sight.
 
     Without a consent file, OpenVINO and nncf report their import and every conversion. Where the
     package that reports cannot be imported they use stand-ins; where somebody has imported it
     already, its entry point is replaced for as long as this lasts.
     """
-    with _LOCK:
-        loaded: Any = sys.modules.get(_TELEMETRY)
+    loaded: Any = sys.modules.get(_TELEMETRY)
+    if loaded is None:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+    else:
+        original, loaded.Telemetry = loaded.Telemetry, _Silence
+    try:
+        yield
+    finally:
         if loaded is None:
-            sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+            sys.modules.pop(_TELEMETRY, None)
         else:
-            original, loaded.Telemetry = loaded.Telemetry, _Silence
-        try:
-            yield
-        finally:
-            if loaded is None:
-                sys.modules.pop(_TELEMETRY, None)
-            else:
-                loaded.Telemetry = original
+            loaded.Telemetry = original
 
 
 class _Silence:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
+from installed import skip_without
 from resident import resident_bytes
 
 from dlmone_fast.errors import (
@@ -24,7 +25,7 @@ from dlmone_fast.runtime.engines.choose import EngineRequest
 from dlmone_fast.runtime.pipeline import Pipeline
 from dlmone_fast.runtime.rows import Rows
 
-pytest.importorskip("openvino")
+skip_without("openvino")
 
 WIDTH, LENGTH = 16, tiny.SEQ_LEN
 
@@ -49,7 +50,7 @@ def engine(network: Denoiser):
 
 @pytest.fixture(scope="module")
 def int8(network: Denoiser):
-    pytest.importorskip("nncf")
+    skip_without("nncf")
     engine = make_engine("openvino", EngineRequest(network, "int8", lambda: inputs(40, seed=9)))
     yield engine
     engine.close()
@@ -185,7 +186,7 @@ def test_int8_is_close_and_repeats(int8: Engine, network: Denoiser):
 
 
 def test_int8_without_an_example_is_refused(network: Denoiser):
-    pytest.importorskip("nncf")
+    skip_without("nncf")
     with pytest.raises(UsageError, match="there are none"):
         make_engine("openvino", EngineRequest(network, "int8", lambda: inputs(0)))
 
@@ -250,9 +251,9 @@ SILENT = """
 @pytest.mark.parametrize(("precision", "imported_before"), [("int8", False), ("fp32", True)])
 def test_nothing_is_sent_written_or_printed(tmp_path, precision: str, imported_before: bool):
     if precision == "int8":
-        pytest.importorskip("nncf")
+        skip_without("nncf")
     if imported_before:
-        pytest.importorskip("openvino_telemetry")
+        skip_without("openvino_telemetry")
     script = textwrap.dedent(SILENT).format(precision=precision, imported_before=imported_before)
     # Telemetry stays off by itself in continuous integration; here it must be the engine's doing.
     environment = {
