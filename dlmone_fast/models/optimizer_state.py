@@ -18,6 +18,7 @@ from dlmone_fast.errors import CheckpointError
 from dlmone_fast.models.plainfiles import StrPath
 from dlmone_fast.models.tensors import check_names
 
+_INT64_MAX = 2**63 - 1
 # Choices of implementation, which belong to the machine that runs and not to the state.
 _LOCAL_OPTIONS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
@@ -123,8 +124,11 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 def _like(live: Any, saved: Any) -> Any:
     """Give a value from JSON the type that the optimiser holds."""
     if isinstance(live, Tensor):
-        return live.new_tensor(saved)
-    return tuple(saved) if isinstance(saved, list) else saved
+        return live.new_tensor(_like(live.item(), saved))
+    if isinstance(saved, list):
+        return tuple(map(_like, live, saved))
+    # JSON may spell 1e300 as an integer, which no 64 bits hold.
+    return float(saved) if type(live) is float else saved
 
 
 def _check_groups(
@@ -189,7 +193,8 @@ def _same_kind(live: Any, saved: Any) -> bool:
             and all(map(_same_kind, live, saved))
         )
     if type(live) in (int, float):
-        return type(saved) in (int, float) and abs(saved) <= sys.float_info.max
+        most = sys.float_info.max if float in (type(live), type(saved)) else _INT64_MAX
+        return type(saved) in (int, float) and abs(saved) <= most
     return type(saved) is type(live)
 
 

@@ -171,3 +171,15 @@ def test_a_parameter_without_a_name_is_refused() -> None:
     net = network()
     with pytest.raises(CheckpointError, match="has no name"):
         flatten_optimizer(adamw(net), {"0.weight": named(net)["0.weight"]})
+
+
+def test_a_number_that_is_spelled_as_an_integer_is_one_that_the_optimiser_can_use() -> None:
+    tensors, state = stored()
+    state["groups"][0].update(eps=10**300, betas=[0, 1 - 2**-10])
+    net = network()
+    optimizer = adamw(net)
+    restore_optimizer(optimizer, named(net), tensors, state)
+    train(net, optimizer, range(1))
+    group = optimizer.param_groups[0]
+    assert (group["eps"], group["betas"]) == (1e300, (0.0, 1 - 2**-10))
+    assert type(group["eps"]) is type(group["betas"][0]) is float
