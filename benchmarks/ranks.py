@@ -2,7 +2,7 @@
 
 Times updates of teacher, score estimator and generator (12 M parameters) in one process and in two
 that torchrun starts, one thread each, counts the bytes that they exchange, and puts the tables into
-docs/scaling.md, between its marks. Takes five minutes on 2 idle cores.
+docs/scaling.md, between its marks. Takes eight minutes on 2 idle cores.
 """
 
 from __future__ import annotations
