@@ -1,4 +1,4 @@
-"""Load tests of the server, `python -m benchmarks.serving`, about 15 minutes on 2 idle cores.
+"""Load tests of the server, `python -m benchmarks.serving`, about 6 minutes on 2 idle cores.
 
 A small model takes 20,000 requests, each with a known answer, then more than it accepts; one of
 BERT-base's shape is set against the bare `generate()` of the same prompts, by turns.
@@ -231,7 +231,7 @@ def _tables(found: list[dict[str, Any]]) -> str:
 def _where(environment: dict[str, Any], load: float) -> str:
     libraries = environment["libraries"]
     used = ", ".join(f"{name} {libraries[name]}" for name in _LIBRARIES if libraries[name])
-    beside = "" if load <= environment["cores"] / 2 else f" Beside other work: load {load:.1f}."
+    beside = "" if load <= environment["cores"] / 2 else f" Load average before it: {load:.1f}."
     return f"{where_measured(environment)} {used}.{beside}"
 
 
