@@ -11,18 +11,17 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from figures import Figure
 from tiny_training import tiny_config
 from trainings import PHASES, curve_of, start_command, write_config
 
 from dlmone_fast.config import Config
 from dlmone_fast.training import run
 
-Figure = Callable[[str, str, str, str], None]
 Losses = dict[str, dict[str, list[float]]]
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

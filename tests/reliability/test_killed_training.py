@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from figures import Figure
 from trainings import (
     PATIENCE,
     PHASES,
@@ -32,7 +33,6 @@ from trainings import (
     write_config,
 )
 
-Figure = Callable[[str, str, str, str], None]
 Start = Callable[[], Training]
 
 SEED = 20

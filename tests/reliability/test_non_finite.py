@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from figures import Figure
 from torch import Tensor, nn
 from trainings import copy_up_to, everything_on
 
@@ -26,7 +27,6 @@ from dlmone_fast.training.pairs_phase import load_pairs
 from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import open_workspace
 
-Figure = Callable[[str, str, str, str], None]
 Phase = Any
 Injection = Callable[[Phase, float, random.Random], AbstractContextManager[None]]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from figures import Figure
 from trainings import (
     TrainingServer,
     curve_of,
@@ -16,8 +16,6 @@ from trainings import (
     start_command,
     write_config,
 )
-
-Figure = Callable[[str, str, str, str], None]
 
 # Files with times or process ids. What else the first two hold is compared by itself.
 WITH_TIMES = ("metrics.jsonl", "comparison.json", ".lock", "tensorboard")

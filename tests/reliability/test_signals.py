@@ -7,10 +7,10 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from figures import Figure
 from signal_hooks import REACHED
 from trainings import (
     PATIENCE,
@@ -28,8 +28,6 @@ from trainings import (
     saved_steps,
     write_config,
 )
-
-Figure = Callable[[str, str, str, str], None]
 
 SEED = 50
 # Longer than any test waits, and shorter than a step of those that are let end.

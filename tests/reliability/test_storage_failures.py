@@ -7,11 +7,12 @@ import random
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from figures import Figure
 from trainings import (
     TrainingServer,
     assert_models_are_whole,
@@ -23,8 +24,6 @@ from trainings import (
     saved_steps,
     write_config,
 )
-
-Figure = Callable[[str, str, str, str], None]
 
 SEED = 40
 FAIL_ONCE, FAIL_FROM = 4, 5
