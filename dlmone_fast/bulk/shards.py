@@ -16,6 +16,8 @@ from dlmone_fast.errors import DataError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
 _READ_BYTES = 1 << 20
+# Enough to find a malformed line by.
+_SHOWN_BYTES = 4000
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class InputRow:
-    """A row of the input: its id, what is to be kept of it, and its source or why it has none."""
+    """A row of the input: its id, what is to be kept of it, and its source or why it has none;
+    how a line begins that is no row at all."""
 
     id: str
     fields: dict[str, Any]
     source: str = ""
     reason: str = ""
+    line: str | None = None
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    line: bytes
+    reason: str
 
 
 def input_files(path: Path) -> list[Path]:
@@ -137,12 +147,13 @@ def _line_starts(file: Path, every: int) -> Iterator[int]:
             place += len(block)
 
 
-def _json_rows(shard: Shard) -> Iterator[dict[str, Any] | str]:
-    """Objects, or the reason why a line is none."""
+def _json_rows(shard: Shard) -> Iterator[dict[str, Any] | _Malformed]:
+    """Objects, or the line that is none."""
     with _open(Path(shard.file)) as stream:
         stream.seek(shard.offset)
         for line in islice(_lines(stream), shard.count):
-            yield _object(line)
+            row = _object(line)
+            yield _Malformed(line, row) if isinstance(row, str) else row
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -158,6 +169,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
+    """The line's object, or the reason why it is none."""
     if len(line) > MAX_LINE_BYTES:
         return f"longer than {MAX_LINE_BYTES} bytes"
     try:
@@ -184,7 +196,7 @@ def _parquet(file: Path) -> Any:
     return pyarrow.parquet.ParquetFile(file)
 
 
-def _parquet_rows(shard: Shard) -> Iterator[dict[str, Any] | str]:
+def _parquet_rows(shard: Shard) -> Iterator[dict[str, Any]]:
     assert shard.count is not None
     parquet, before = _parquet(Path(shard.file)), 0
     for group in range(parquet.num_row_groups):
@@ -195,9 +207,13 @@ def _parquet_rows(shard: Shard) -> Iterator[dict[str, Any] | str]:
         before += size
 
 
-def _input_row(place: str, row: dict[str, Any] | str, column: str, id_column: str) -> InputRow:
-    if isinstance(row, str):
-        return InputRow(place, {}, reason=row)
+def _input_row(
+    place: str, row: dict[str, Any] | _Malformed, column: str, id_column: str
+) -> InputRow:
+    if isinstance(row, _Malformed):
+        # Bytes that are no UTF-8 show as \xNN.
+        line = row.line[:_SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\r\n")
+        return InputRow(place, {}, reason=row.reason, line=line)
     identity, source = row.get(id_column) if id_column else place, row.get(column)
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         return InputRow(place, row, reason=f"{id_column!r} is no string or whole number")

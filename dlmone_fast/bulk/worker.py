@@ -80,8 +80,9 @@ class ShardWriter:
 
     def _rejected(self, row: InputRow, rejects: list[bytes]) -> bool:
         if row.reason:
-            shown = json.dumps(row.fields, ensure_ascii=False)[:_SHOWN]
-            rejects.append(_line({"id": row.id, "reason": row.reason, "row": shown}))
+            fields = json.dumps(row.fields, ensure_ascii=False)
+            shown = fields if row.line is None else row.line
+            rejects.append(_line({"id": row.id, "reason": row.reason, "row": shown[:_SHOWN]}))
         return bool(row.reason)
 
     def _generated(self, rows: list[InputRow], counts: dict[str, int]) -> bytes:

@@ -94,6 +94,14 @@ def test_an_id_column_names_rows_and_rejects_those_without_one(tmp_path: Path):
     assert missing.reason == wrong.reason
 
 
+def test_a_line_that_is_no_row_is_shown(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"src": "x"\n\n"caf\xe9"\r\n[' + b"1" * 5000 + b"]\n" + b'{"src": "y"}\n')
+    rows = rows_of(file, 100)
+    assert [row.line for row in rows] == ['{"src": "x"', "", '"caf\\xe9"', "[" + "1" * 3999, None]
+    assert [bool(row.reason) for row in rows] == [True, True, True, True, False]
+
+
 def test_an_input_that_is_none_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="not found"):
         plan_shards(tmp_path / "missing.jsonl", 1)
