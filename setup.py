@@ -3,7 +3,7 @@
 Environment:
     DLMONE_NATIVE   AUTO (default): build, and install without the extension if that fails.
                     REQUIRED: a failed build fails the installation. OFF: do not build.
-    DLMONE_CUDA     AUTO (default): CUDA sources are built where nvcc is found.
+    DLMONE_CUDA     AUTO (default): CUDA sources are built where an nvcc is found that can.
                     ON: nvcc must be there. OFF: leave them out.
     DLMONE_SANITIZE ON: AddressSanitizer and UndefinedBehaviorSanitizer.
 
@@ -47,19 +47,32 @@ class CMakeBuild(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         # A library from an earlier build would hide that this one failed.
         library.unlink(missing_ok=True)
-        reason = ""
+        reason, instead = "", "torch"
         if native == "OFF":
             reason = "the native extension was not built (DLMONE_NATIVE=OFF)"
         else:
             try:
-                self.build_library(library, cuda)
+                reason, instead = self.build_what_can_be(library, cuda), "Triton and torch"
             except BuildError as error:
                 reason = f"the native extension was not built: {error}"
                 if native == "REQUIRED" or cuda == "ON":
                     raise SystemExit(f"dlmone_fast: {reason}") from None
         (library.parent / NOTE).write_text(reason + "\n" if reason else "", encoding="utf-8")
         if reason:
-            print(f"dlmone_fast: {reason}; the torch implementations serve instead")
+            print(f"dlmone_fast: {reason}; the {instead} implementations serve instead")
+
+    def build_what_can_be(self, library: Path, cuda: str) -> str:
+        """Build, under AUTO without the CUDA sources if they fail; why they did, or nothing."""
+        try:
+            self.build_library(library, cuda)
+            return ""
+        except BuildError as error:
+            # An nvcc that is too old, or does not take the host's compiler, must not cost the rest.
+            if cuda != "AUTO" or not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
+                raise
+            failure = str(error)
+        self.build_library(library, "OFF")
+        return f"the CUDA sources were not built: {failure}"
 
     def build_library(self, library: Path, cuda: str) -> None:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")

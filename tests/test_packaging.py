@@ -9,7 +9,7 @@ import sys
 import tomllib
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -112,6 +112,38 @@ def test_unknown_settings_are_refused(setup_script: ModuleType, monkeypatch: pyt
     monkeypatch.setenv("DLMONE_CUDA", "maybe")
     with pytest.raises(SystemExit, match="DLMONE_CUDA must be one of AUTO, ON, OFF, got 'MAYBE'"):
         setup_script.setting("DLMONE_CUDA", "AUTO", ("AUTO", "ON", "OFF"))
+
+
+def test_cuda_sources_that_fail_do_not_cost_the_rest(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    from setuptools import Distribution, Extension
+
+    tried = []
+
+    def build_library(command: object, library: Path, cuda: str) -> None:
+        tried.append(cuda)
+        if cuda != "OFF":
+            raise setup_script.BuildError("nvcc fatal: Unsupported gpu architecture")
+
+    monkeypatch.setattr(setup_script.CMakeBuild, "build_library", build_library)
+    monkeypatch.setenv("CUDACXX", "nvcc")
+    command = setup_script.CMakeBuild(Distribution())
+    command.extensions = [Extension("dlmone_fast._C", sources=[])]
+    command.build_lib, command.inplace = str(tmp_path), 0
+    command.build_extension(command.extensions[0])
+    assert tried == ["AUTO", "OFF"]
+    note = tmp_path / "dlmone_fast" / "_native_build.txt"
+    assert note.read_text() == (
+        "the CUDA sources were not built: nvcc fatal: Unsupported gpu architecture\n"
+    )
+    monkeypatch.setattr(native, "_BUILD_NOTE", note)
+    monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr(native, "module", lambda: SimpleNamespace(built_with_cuda=False))
+    assert "Unsupported gpu architecture" in native.cuda_report()
+    monkeypatch.setenv("DLMONE_CUDA", "ON")
+    with pytest.raises(SystemExit, match="Unsupported gpu architecture"):
+        command.build_extension(command.extensions[0])
 
 
 NATIVE_OFF = """

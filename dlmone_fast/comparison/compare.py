@@ -20,6 +20,7 @@ from dlmone_fast.runtime import Generator, load_model
 from dlmone_fast.tasks.paper import paper_rows
 from dlmone_fast.training import RunResult
 from dlmone_fast.training.validation import generation_settings
+from dlmone_fast.training.workspace import writing
 
 # Row-calls of the network that one teacher row may spend on quality: above it a source gets one
 # candidate, and long samplers fewer sources.
@@ -243,4 +244,6 @@ def _write(comparison: Comparison, measured: list[Measured], fewest: Measured | 
         "fewest_teacher_steps": fewest.__dict__ if fewest else None,
     }
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    write_atomically(comparison.result.root / "comparison.json", [text.encode()])
+    path = comparison.result.root / "comparison.json"
+    with writing(path):
+        write_atomically(path, [text.encode()])

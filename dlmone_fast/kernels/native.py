@@ -37,15 +37,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _explain(error: ImportError) -> str:
-    # setup.py leaves one line here when it could not build or was told not to.
-    if _BUILD_NOTE.is_file():
-        note = _BUILD_NOTE.read_text(encoding="utf-8").strip()
-        if note:
-            return note
-    return (
+    return _build_note() or (
         f"{_MODULE} could not be imported ({error}); "
         "reinstall with a C++17 compiler at hand: pip install --force-reinstall --no-deps ."
     )
+
+
+def _build_note() -> str:
+    """The line that setup.py leaves when it could not build all, or was told not to."""
+    return _BUILD_NOTE.read_text(encoding="utf-8").strip() if _BUILD_NOTE.is_file() else ""
 
 
 def is_available() -> bool:
@@ -100,7 +100,8 @@ def cuda_report() -> str:
         return f"no CUDA part: {why_missing()}"
     extension = module()
     if not extension.built_with_cuda:
-        return "no CUDA part: built without nvcc (set DLMONE_CUDA=ON and reinstall to require it)"
+        reason = _build_note() or "built without nvcc"
+        return f"no CUDA part: {reason} (set DLMONE_CUDA=ON and reinstall to require it)"
     version = extension.cuda_runtime_version()
     count, error = extension.cuda_device_count()
     devices = f"{count} device(s)" if error is None else f"no device ({error})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from dlmone_fast.comparison import compare_run
 from dlmone_fast.config import EvaluationConfig
+from dlmone_fast.errors import CheckpointError
 from dlmone_fast.training import RunResult
 
 
@@ -54,3 +56,15 @@ def test_a_run_without_its_teacher_compares_the_student_alone(small: RunResult):
     table = compare_run(dataclasses.replace(small, teacher=None))
     assert "teacher, ddim" not in table
     assert "| student " in table
+
+
+def test_a_table_that_cannot_be_kept_is_an_error_with_its_file(
+    small: RunResult, monkeypatch: pytest.MonkeyPatch
+):
+    def read_only(directory: Path) -> None:
+        # As a directory's fsync says it: without a file name.
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("dlmone_fast.files.fsync_directory", read_only)
+    with pytest.raises(CheckpointError, match=r"comparison\.json.*Read-only"):
+        compare_run(dataclasses.replace(small, teacher=None))
