@@ -50,11 +50,13 @@ const void* check_matrix(const char* name, std::uintptr_t address, int64_t rows,
   const std::string label(name);
   if (rows > 0) check_pointer(label, address, alignment);
   check(stride >= 0, label + " has a negative row stride: " + std::to_string(stride));
+  // Also of no rows: the products below must not overflow.
+  constexpr int64_t kMost = int64_t{1} << 58;
+  int64_t extent = 0;
+  check(stride <= kMost && !__builtin_mul_overflow(rows, stride, &extent) && extent <= kMost,
+        label + " does not fit the address space");
   check(stride * element_bytes % alignment == 0,
         label + " has rows that are not aligned to " + std::to_string(alignment) + " bytes");
-  int64_t extent = 0;
-  check(!__builtin_mul_overflow(rows, stride, &extent) && extent <= (int64_t{1} << 58),
-        label + " does not fit the address space");
   return reinterpret_cast<const void*>(address);
 }
 

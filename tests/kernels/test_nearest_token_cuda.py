@@ -458,6 +458,7 @@ with_cuda_build = pytest.mark.skipif(
         ({"search_table_stride": 20}, "search_table has rows that are not aligned to 16 bytes"),
         ({"search_x_stride": -16}, "search_x has a negative row stride"),
         ({"embedding_stride": 1 << 60}, "address space"),
+        ({"n": 0, "x_stride": 1 << 62}, "x does not fit the address space"),
         ({"x_type": 3}, "x_type must lie in"),
         ({"search_type": 0}, "search_type must be a 16-bit type"),
         ({"half_norms": 0}, "half_norms is a null pointer"),

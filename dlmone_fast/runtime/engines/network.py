@@ -26,8 +26,8 @@ class InferenceNetwork:
     """f(x_t, t) → x̂0 of a frozen denoiser, in one precision.
 
     A snapshot: the denoiser's later changes may or may not be seen. In 16 bits the products run in
-    that format; the time embedding, the statistics of norms and the output projection in fp32, as
-    the backbone's do under autocast.
+    that format; the time embedding, the statistics of norms and the output projection are computed
+    in fp32.
 
     Args:
         denoiser: the networks; fp32 tensors are shared, not copied, unless they are packed.
