@@ -49,7 +49,7 @@ class Deployment:
         asked = await request.json()
         job = {
             "prompts": [asked["prompts"]], "seed": asked["seed"], "steps": None,
-            "num_candidates": 1, "select": "none", "on_overflow": "error",
+            "temperature": None, "num_candidates": 1, "select": "none", "on_overflow": "error",
         }  # fmt: skip
         return {"texts": (await self.answer(job))["texts"]}
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional
 
-from dlmone_fast.cli import OptionalInt, OptionalStr, parse, run_command
+from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
 from dlmone_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from dlmone_fast.bulk.job import Options
+    from dlmone_fast.bulk.job import Job
+    from dlmone_fast.bulk.resources import Machine
 
 DESCRIPTION = """Generate a text for each row of a .jsonl, .jsonl.gz or .parquet file, or a folder
 of them, on the workers of Ray (pip install 'dlmone_fast[ray]'; RAY_ADDRESS names a cluster).
 
 The output folder gets a jsonl file a shard: the row's own fields, row_id, generated (or candidates)
 and truncated. Rows that cannot be used are in part-N.rejects.jsonl with their reason. The same
-command again makes the shards that are missing. A row's text depends on its id and --seed, not on
-workers or batches. Exit codes: 0 done, 2 usage, 3 data, 4 model files.
+command again makes the shards that are missing, on the same kind of device: a job that began on
+CPUs is refused on GPUs. A row's text depends on its id and --seed, not on workers or batches. Exit
+codes: 0 done, 2 usage, 3 data, 4 model files.
 """
 
 
@@ -52,12 +54,14 @@ class BulkArgs:
     """Network calls per text; default: the model's own."""
     sampler: OptionalStr = None
     """Sampler of a teacher; default: the model's own."""
+    temperature: OptionalFloat = None
+    """Factor of all noise: below 1 texts are likelier and less diverse; default: the model's."""
     seed: int = 0
     """Of all texts."""
     batch_size: int = 64
     """Texts per network call."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs if there are any."""
+    """auto: GPUs if there are any, here or in the cluster."""
     dtype: str = "auto"
     """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
     backend: str = "auto"
@@ -69,38 +73,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(
         BulkArgs, prog="python -m dlmone_fast.generate_bulk", description=DESCRIPTION, args=argv
     )
-    for name, low, high in (
-        ("workers", 0, 4096), ("rows_per_shard", 1, 10**9), ("batch_size", 1, 1 << 16),
-    ):  # fmt: skip
-        value = getattr(args, name)
-        if not low <= value <= high:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag}: expected {low} to {high}, got {value}")
+    _check(args)
     from tqdm import tqdm
 
-    from dlmone_fast.bulk.job import Job
     from dlmone_fast.bulk.on_ray import run_on_ray
+    from dlmone_fast.bulk.resources import device_kind, share
     from dlmone_fast.bulk.shards import plan_shards
     from dlmone_fast.bulk.worker import total
 
     started = time.perf_counter()
-    job = Job(Path(args.input).resolve(), Path(args.output).resolve(), _options(args))
-    shards = plan_shards(job.source, args.rows_per_shard)
-    job.open()
-    missing = job.missing(shards)
-    device, workers, threads = _resources(args, len(missing))
-    before = total(job.done(shard) for shard in shards if shard not in missing)
-    with tqdm(total=len(shards), initial=len(shards) - len(missing), unit="shard") as bar:
-        if missing:
-            made = run_on_ray(
-                job, missing, workers=workers, device=device,
-                batch_size=args.batch_size, threads=threads,
-            )  # fmt: skip
-            for _ in made:
-                bar.update(1)
+    source = Path(args.input).resolve()
+    shards = plan_shards(source, args.rows_per_shard)
+    with _machines(args.device) as (machines, here):
+        device = device_kind(machines, args.device, args.workers)
+        job = _job(args, source, device, here)
+        job.open()
+        missing = job.missing(shards)
+        left = {shard.index for shard in missing}
+        before = total(job.done(shard) for shard in shards if shard.index not in left)
+        with tqdm(total=len(shards), initial=len(shards) - len(missing), unit="shard") as bar:
+            if missing:
+                workers, threads = share(machines, device, args.workers, len(missing))
+                for _ in run_on_ray(
+                    job, missing, workers=workers, threads=threads, batch_size=args.batch_size
+                ):
+                    bar.update(1)
     now = total(job.done(shard) for shard in shards)
-    seconds = time.perf_counter() - started
-    rate = (now.rows - before.rows) / seconds
+    rate = (now.rows - before.rows) / (time.perf_counter() - started)
     print(
         f"{now.rows:,} rows written, {now.rejected:,} rejected, {now.truncated:,} sources cut, "
         f"{len(shards):,} shards ({len(missing):,} made now, {rate:,.0f} rows/s)",
@@ -109,29 +108,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(args: BulkArgs) -> Options:
-    from dlmone_fast.bulk.job import Options
+def _check(args: BulkArgs) -> None:
+    for name, low, high in (
+        ("workers", 0, 4096), ("rows_per_shard", 1, 10**9), ("batch_size", 1, 4096),
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: expected {low} to {high}, got {value}")
 
-    return Options(
+
+@contextmanager
+def _machines(device: str) -> Iterator[tuple[list[Machine], bool]]:
+    """The machines that workers run on, and whether that is this one."""
+    from dlmone_fast.bulk.on_ray import connected, import_ray
+    from dlmone_fast.bulk.resources import cluster_machines, this_machine
+
+    with connected() as to_cluster:
+        if to_cluster:
+            yield cluster_machines(import_ray()), False
+        else:
+            yield this_machine(device), True
+
+
+def _job(args: BulkArgs, source: Path, device: str, here: bool) -> Job:
+    from dlmone_fast.bulk.job import Job, Options
+    from dlmone_fast.bulk.resolve import resolved
+
+    options = Options(
         model=str(Path(args.model).resolve()), column=args.column, id_column=args.id_column,
         rows_per_shard=args.rows_per_shard, num_candidates=args.num_candidates, steps=args.steps,
-        sampler=args.sampler, seed=args.seed, dtype=args.dtype, backend=args.backend,
+        sampler=args.sampler, temperature=args.temperature, seed=args.seed,
     )  # fmt: skip
-
-
-def _resources(args: BulkArgs, shards: int) -> tuple[str, int, int]:
-    """Device, workers and threads of each."""
-    from dlmone_fast.models.devices import pick_device
-
-    device, cores = pick_device(args.device).type, len(os.sched_getaffinity(0))
-    if device == "cuda":
-        import torch
-
-        workers = args.workers or torch.cuda.device_count()
-    else:
-        workers = args.workers or max(1, cores // 4)
-    workers = max(1, min(workers, shards))
-    return device, workers, max(1, cores // workers)
+    return Job(
+        source,
+        Path(args.output).resolve(),
+        resolved(options, device, args.dtype, args.backend, here=here),
+    )
 
 
 if __name__ == "__main__":

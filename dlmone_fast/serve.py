@@ -9,10 +9,11 @@ from dlmone_fast.serving.options import ServeOptions
 
 DESCRIPTION = """Serve a model over HTTP with LitServe (pip install 'dlmone_fast[serve]').
 
-POST /generate answers prompts, which share network calls with those of other requests; GET /health
-tells whether the model answers, /metrics speaks Prometheus, /docs and /openapi.json describe it
-all. SIGTERM or Ctrl-C: requests that were accepted are answered, then it ends. Exit codes: 0
-stopped, 2 usage, 4 model files, 7 one of its processes ended by itself.
+POST /generate answers prompts, which share network calls with those of other requests; steps and
+temperature are fields of a request (default: the model's own), beside seed, num_candidates, select
+and on_overflow. GET /health tells whether the model answers, /metrics speaks Prometheus, /docs and
+/openapi.json describe it all. SIGTERM or Ctrl-C: requests that were accepted are answered, then it
+ends. Exit codes: 0 stopped, 2 usage, 4 model files, 7 one of its processes ended by itself.
 """
 
 

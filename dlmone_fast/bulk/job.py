@@ -17,14 +17,19 @@ from typing import Any
 from dlmone_fast.bulk.shards import Shard, input_files
 from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import write_atomically
-from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
+from dlmone_fast.models.commit import complete_path
+from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file, read_manifest
 
 JOB_NAME = "job.json"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the output: a job is continued only with the same."""
+    """What decides the output: a job is continued only with the same.
+
+    Device, precision and backend are what the workers have, never "auto", whose meaning changes
+    from machine to machine: `dlmone_fast.bulk.resolve` names them.
+    """
 
     model: str
     column: str = "src"
@@ -33,9 +38,11 @@ class Options:
     num_candidates: int = 1
     steps: int | None = None
     sampler: str | None = None
+    temperature: float | None = None
     seed: int = 0
-    dtype: str = "auto"
-    backend: str = "auto"
+    device: str = "cpu"
+    dtype: str = "fp32"
+    backend: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Job:
 
         Raises:
             UsageError: the folder holds another job, or files of something else.
+            ModelFileError: there is no model where the options name one.
             DataError: it cannot be written.
         """
         described, file = self._described(), self.output / JOB_NAME
@@ -106,20 +114,24 @@ class Job:
             ) from error
 
     def _described(self) -> dict[str, Any]:
-        model = Path(self.options.model) / MANIFEST_NAME
+        model = complete_path(self.options.model)
+        read_manifest(model)
         files = {
             str(file): [file.stat().st_size, file.stat().st_mtime_ns]
             for file in input_files(self.source)
         }
-        options = asdict(self.options) | {"model": hash_file(model)}
+        options = asdict(self.options) | {"model": hash_file(model / MANIFEST_NAME)}
         return {"input": files, "options": options}
 
     def _check_same(self, before: Any, now: dict[str, Any]) -> None:
         changed = ["input"] if before.get("input") != now["input"] else []
-        options = before.get("options", {})
-        changed += [key for key, value in now["options"].items() if options.get(key) != value]
-        if changed:
+        had, has = before.get("options", {}), now["options"]
+        differ = [key for key, value in has.items() if had.get(key) != value]
+        # What was settled for "auto" nobody typed; a model's hash tells nobody anything.
+        shown = [f"{key} {had.get(key)}, not {has[key]}" for key in differ if key != "model"]
+        values = f" ({'; '.join(shown)})" if shown else ""
+        if changed or differ:
             raise UsageError(
-                f"{self.output}: holds a job with another {' and '.join(changed)}; give the same "
-                "to continue it, or name a new folder"
+                f"{self.output}: holds a job with another {' and '.join(changed + differ)}"
+                f"{values}; give the same to continue it, or name a new folder"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dlmone_fast.errors import BackendUnavailableError, DlmOneError
 class _ShardActor:
     """A worker's state: the model, loaded once."""
 
-    def __init__(self, job: Job, device: str, batch_size: int, threads: int) -> None:
+    def __init__(self, job: Job, batch_size: int, threads: int) -> None:
         import torch
 
         from dlmone_fast.bulk.worker import ShardWriter
@@ -23,7 +24,9 @@ class _ShardActor:
 
         torch.set_num_threads(threads)
         options = job.options
-        generator = load_model(options.model, device, options.dtype, backend=options.backend)
+        generator = load_model(
+            options.model, options.device, options.dtype, backend=options.backend
+        )
         self.writer = ShardWriter(job, generator, batch_size)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -36,25 +39,11 @@ class _ShardActor:
         return {"index": made}
 
 
-def run_on_ray(
-    job: Job, shards: list[Shard], *, workers: int, device: str, batch_size: int, threads: int
-) -> Iterator[int]:
-    """Make the shards; yields the index of each that is done, in any order.
-
-    A worker that dies is replaced, and its shard made again: Ray Data's default. `RAY_ADDRESS`
-    names a cluster; without it Ray runs on this machine, for as long as this takes.
-
-    Args:
-        job: the job, whose folder every worker sees.
-        shards: what is to be made.
-        workers: how many at once.
-        device: cpu or cuda; with cuda each worker has a GPU to itself.
-        batch_size: texts a network call.
-        threads: CPU threads of a worker.
+def import_ray() -> Any:
+    """The module `ray`.
 
     Raises:
-        BackendUnavailableError: Ray is not installed.
-        DlmOneError: a shard cannot be made; finished ones are kept.
+        BackendUnavailableError: it is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise BackendUnavailableError(
@@ -62,46 +51,68 @@ def run_on_ray(
         )
     import ray
 
-    mine = not ray.is_initialized()
+    return ray
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[bool]:
+    """Within the block Ray is connected to the cluster that `RAY_ADDRESS` names; whether to one."""
+    ray = import_ray()
+    mine = not ray.is_initialized() and bool(os.environ.get("RAY_ADDRESS"))
     if mine:
-        _start(ray, workers * threads)
+        ray.init(log_to_driver=False)
     try:
-        yield from _made(ray, job, shards, workers, device, batch_size, threads)
+        yield ray.is_initialized()
     finally:
         if mine:
             ray.shutdown()
 
 
-def _start(ray: Any, cpus: int) -> None:
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    else:
+def run_on_ray(
+    job: Job, shards: list[Shard], *, workers: int, batch_size: int, threads: int
+) -> Iterator[int]:
+    """Make the shards; yields the index of each that is done, in any order.
+
+    A worker that dies is replaced, and its shard made again: Ray Data's default. Runs on what Ray
+    is connected to; otherwise on this machine, where Ray ends with it.
+
+    Args:
+        job: the job, whose folder every worker sees. On cuda each worker has a GPU to itself.
+        shards: what is to be made.
+        workers: how many at once.
+        batch_size: texts a network call.
+        threads: CPU threads of a worker.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed.
+        DlmOneError: a shard cannot be made; finished ones are kept.
+    """
+    ray = import_ray()
+    mine = not ray.is_initialized()
+    if mine:
         # Ray's own default leaves workers what other programs do not want.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=workers * threads, include_dashboard=False, log_to_driver=False)
+    try:
+        yield from _made(ray, job, shards, workers, batch_size, threads)
+    finally:
+        if mine:
+            ray.shutdown()
 
 
 def _made(
-    ray: Any,
-    job: Job,
-    shards: list[Shard],
-    workers: int,
-    device: str,
-    batch_size: int,
-    threads: int,
+    ray: Any, job: Job, shards: list[Shard], workers: int, batch_size: int, threads: int
 ) -> Iterator[int]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"shard": shard.as_item()} for shard in shards]
     made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _ShardActor,
-        fn_constructor_kwargs={
-            "job": job, "device": device, "batch_size": batch_size, "threads": threads,
-        },
+        fn_constructor_kwargs={"job": job, "batch_size": batch_size, "threads": threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=threads,
-        num_gpus=1 if device == "cuda" else 0,
-    )  # fmt: skip
+        num_gpus=1 if job.options.device == "cuda" else 0,
+    )
     try:
         for row in made.iter_rows():
             yield int(row["index"])

@@ -110,7 +110,8 @@ def read_shard(shard: Shard, column: str, id_column: str) -> Iterator[InputRow]:
     try:
         for number, row in enumerate(rows, shard.first):
             yield _input_row(f"{file.name}:{number}", row, column, id_column)
-    except (OSError, EOFError, zlib.error) as error:
+    # Of Parquet: damaged pages, and strings that are not Unicode.
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             f"{file}: cannot be read beyond row {number} ({error}); copy it again"
         ) from error

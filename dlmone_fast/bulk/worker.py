@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any
 
 from dlmone_fast.bulk.job import Done, Job
 from dlmone_fast.bulk.shards import InputRow, Shard, read_shard
-from dlmone_fast.errors import PromptError
+from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.runtime import Generator
 
 _WINDOW = 4096
@@ -29,9 +30,13 @@ class ShardWriter:
         job: the job.
         generator: its model.
         batch_size: texts a network call.
+
+    Raises:
+        UsageError: the model runs otherwise than the job's options say; texts would not match.
     """
 
     def __init__(self, job: Job, generator: Generator, batch_size: int) -> None:
+        _check_same_engine(job, generator)
         self.job, self.generator, self.batch_size = job, generator, batch_size
 
     def write(self, shard: Shard) -> Done:
@@ -80,8 +85,7 @@ class ShardWriter:
 
     def _rejected(self, row: InputRow, rejects: list[bytes]) -> bool:
         if row.reason:
-            fields = json.dumps(row.fields, ensure_ascii=False)
-            shown = fields if row.line is None else row.line
+            shown = _json(row.fields) if row.line is None else row.line
             rejects.append(_line({"id": row.id, "reason": row.reason, "row": shown[:_SHOWN]}))
         return bool(row.reason)
 
@@ -94,6 +98,7 @@ class ShardWriter:
             num_candidates=options.num_candidates,
             steps=options.steps,
             sampler=options.sampler,
+            temperature=options.temperature,
             seeds=[id_seed(options.seed, rows[at].id) for at in order],
             batch_size=self.batch_size,
             on_overflow="truncate",
@@ -131,6 +136,34 @@ def _answer(row: InputRow, texts: list[str], truncated: bool) -> dict[str, Any]:
     return {**row.fields, "row_id": row.id, **result, "truncated": truncated}
 
 
+def _check_same_engine(job: Job, generator: Generator) -> None:
+    wanted = (job.options.device, job.options.dtype, job.options.backend)
+    found = (generator.device.type, generator.precision, generator.backend)
+    if found != wanted:
+        raise UsageError(
+            f"{job.output}: expected a worker on {', '.join(wanted)}, as the job began, got one on "
+            f"{', '.join(found)}; give its --device, --dtype and --backend, or name a new folder"
+        )
+
+
 def _line(content: dict[str, Any]) -> bytes:
-    # What parquet holds beyond JSON (dates, decimals) is written as text.
-    return (json.dumps(content, ensure_ascii=False, default=str) + "\n").encode()
+    return (_json(content) + "\n").encode()
+
+
+def _json(content: dict[str, Any]) -> str:
+    # What parquet holds beyond JSON (dates, decimals, bytes) is written as text.
+    try:
+        return json.dumps(content, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which are no JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value

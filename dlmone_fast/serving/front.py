@@ -8,14 +8,14 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from litserve.utils import LitAPIStatus, ResponseBufferItem
 
 from dlmone_fast.serving.metrics import Metrics
 from dlmone_fast.serving.options import ServeOptions
-from dlmone_fast.serving.spec import PATH, Answer, Job
+from dlmone_fast.serving.spec import PATH, PROBE, Answer, Job, is_probe
 from dlmone_fast.serving.workers import Workers
 
 _TICK_SECONDS = 0.1
@@ -23,10 +23,6 @@ _TICK_SECONDS = 0.1
 _FRESH_SECONDS = 10.0
 _HEALTH_SECONDS = 10.0
 _LOST = "the worker process that had this request ended; send it again, another one is starting"
-_PROBE: Job = {
-    "prompts": [""], "seed": 0, "steps": None, "num_candidates": 1, "select": "none",
-    "on_overflow": "error",
-}  # fmt: skip
 
 
 class Front:
@@ -43,6 +39,7 @@ class Front:
         self.in_flight = 0
         self._ready = 0
         self._answered = float("-inf")
+        self._probes: set[str] = set()
         self._probe: asyncio.Task[bool] | None = None
         watch = self.metrics.watch
         watch("dlmone_requests_in_flight", "Requests accepted, not answered", self._in_flight)
@@ -64,6 +61,8 @@ class Front:
         """What a worker says to a job; may be cancelled, which is how time runs out."""
         uid, server = str(uuid.uuid4()), self.server
         item = server.response_buffer[uid] = ResponseBufferItem(asyncio.Event())
+        if is_probe(job):
+            self._probes.add(uid)
         try:
             queue = server.litapi_request_queues[PATH]
             queue.put((server.app.response_queue_id, uid, time.monotonic(), dict(job)))
@@ -72,24 +71,28 @@ class Front:
             return {"status": 503, "detail": "the server's queue is gone; it is ending"}
         finally:
             del server.response_buffer[uid]
+            self._probes.discard(uid)
         answer: Answer = item.response[0]
         if answer["status"] == 200:
             self._answered = time.monotonic()
-            self.metrics.prompts.inc(len(job["prompts"]))
-            if answer["rows"]:
-                self.metrics.rows.observe(answer["rows"])
+            if not is_probe(job):
+                self._count(job, answer)
         return answer
 
     async def healthy(self) -> bool:
-        """Whether a worker answers: it did a moment ago, or does so when it is asked."""
+        """Whether a worker answers: it did a moment ago, is at work, or answers when asked."""
         if not self._ready:
             return False
-        if time.monotonic() - self._answered < _FRESH_SECONDS:
+        if self._seen_alive():
             return True
         # Of many that ask at once, one question goes to the worker.
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._probed())
-        return await asyncio.shield(self._probe)
+        while not self._probe.done():
+            await asyncio.wait({self._probe}, timeout=_TICK_SECONDS)
+            if self._seen_alive():
+                return True
+        return self._probe.result()
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -102,10 +105,23 @@ class Front:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    def _count(self, job: Job, answer: Answer) -> None:
+        self.metrics.prompts.inc(len(job["prompts"]))
+        if answer["rows"]:
+            self.metrics.rows.observe(answer["rows"])
+
+    def _seen_alive(self) -> bool:
+        """Whether a worker answered a moment ago, or has a request whose time is not over."""
+        if time.monotonic() - self._answered < _FRESH_SECONDS:
+            return True
+        # A request leaves the buffer with its time limit, so that a worker that hangs is found out.
+        # A probe would vouch for the worker that it asks.
+        return any(item.worker_id is not None for item in self._requests())
+
     async def _probed(self) -> bool:
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
-                return bool((await self.ask(_PROBE))["status"] == 200)
+                return bool((await self.ask(PROBE))["status"] == 200)
         except TimeoutError:
             return False
 
@@ -123,15 +139,21 @@ class Front:
             await asyncio.sleep(_TICK_SECONDS)
 
     def _lost(self, worker: int) -> None:
-        for item in self.server.response_buffer.values():
+        for uid, item in self.server.response_buffer.items():
             if item.worker_id == worker and not item.event.is_set():
                 item.response = ({"status": 503, "detail": _LOST}, LitAPIStatus.OK)
                 item.event.set()
-                self.metrics.lost_workers.inc()
+                if uid not in self._probes:
+                    self.metrics.lost_workers.inc()
+
+    def _requests(self) -> Iterator[ResponseBufferItem]:
+        """What has no answer yet, without probes."""
+        for uid, item in self.server.response_buffer.items():
+            if uid not in self._probes and not item.event.is_set():
+                yield item
 
     def _in_flight(self) -> float:
         return self.in_flight
 
     def _waiting(self) -> float:
-        items = self.server.response_buffer.values()
-        return sum(item.worker_id is None and not item.event.is_set() for item in items)
+        return sum(item.worker_id is None for item in self._requests())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ from dlmone_fast.serving.worker import Worker
 from dlmone_fast.serving.workers import Workers
 
 _TICK_SECONDS = 0.2
+# What LitServe logs, with a traceback, of the thread that starts workers again.
+_MONITOR_CRASHED = "Monitoring worker crashed"
 # Beyond a request's own time, for its answer to be written.
 _GRACE_SECONDS = 2
 # For the HTTP process to stop listening by itself.
@@ -44,6 +47,12 @@ def make_server(
     )  # fmt: skip
     front.server = server
     server.stopping = stopping
+
+    def told(record: logging.LogRecord) -> bool:
+        return not (stopping() and record.getMessage() == _MONITOR_CRASHED)
+
+    # The thread asks a process that ends with the others whether it is to end.
+    logging.getLogger("litserve.server").addFilter(told)
     server.monitor_internal = _TICK_SECONDS
     server.uvicorn_graceful_timeout = options.timeout_s + _GRACE_SECONDS
     add_routes(server.app, front)

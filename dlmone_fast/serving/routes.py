@@ -30,7 +30,7 @@ def add_routes(app: FastAPI, front: Front) -> None:
     """Add what LitServe does not have, and describe it."""
     app.title, app.version = "dlmone_fast", dlmone_fast.__version__
     app.description = _ABOUT
-    body = request_model(front.options)
+    body = request_model(front.options, lambda: front.workers.own_steps)
 
     async def generate(request: body) -> JSONResponse:  # type: ignore[valid-type]
         """Generate a text for each prompt."""

@@ -22,6 +22,7 @@ from dlmone_fast.serving.options import ServeOptions
 # Those of dlmone_fast.runtime.options, which would load torch.
 MAX_SEED = (1 << 64) - 1
 _MAX_STEPS = 100_000
+_MAX_TEMPERATURE = 10.0
 _SEED = {"type": "integer", "minimum": 0, "maximum": MAX_SEED}
 _NEXT = "correct the request; GET /docs describes it"
 
@@ -42,8 +43,13 @@ class ErrorResponse(BaseModel):
     detail: str = Field(description="What is wrong, where, and the way out.")
 
 
-def request_model(options: ServeOptions) -> type[BaseModel]:
-    """The body of POST /generate, within the bounds of this server."""
+def request_model(options: ServeOptions, own_steps: Callable[[], int]) -> type[BaseModel]:
+    """The body of POST /generate, within the bounds of this server.
+
+    Args:
+        options: the bounds.
+        own_steps: the model's own steps, asked for with each request: the model may come later.
+    """
     fields: dict[str, Any] = {
         "prompts": (_prompts(options), Field(description="A source text, or a list of them.")),
         "seed": (
@@ -53,6 +59,17 @@ def request_model(options: ServeOptions) -> type[BaseModel]:
         "steps": (
             int | None,
             Field(None, ge=1, le=_MAX_STEPS, description="Network calls; null: the model's own."),
+        ),
+        "temperature": (
+            float | None,
+            Field(
+                None,
+                ge=0,
+                le=_MAX_TEMPERATURE,
+                allow_inf_nan=False,
+                description="Factor of all noise: below 1 texts are likelier and less diverse; "
+                "null: the model's own.",
+            ),
         ),
         "num_candidates": (
             int,
@@ -67,7 +84,7 @@ def request_model(options: ServeOptions) -> type[BaseModel]:
             Field("error", description="What becomes of prompts that are too long for the model."),
         ),
     }
-    consistent: Any = model_validator(mode="after")(_consistent(options))
+    consistent: Any = model_validator(mode="after")(_consistent(options, own_steps))
     model: type[BaseModel] = create_model(
         "GenerateRequest",
         __config__=ConfigDict(strict=True, extra="forbid"),
@@ -123,15 +140,19 @@ def _whole(name: str, value: Any) -> int:
     return value
 
 
-def _consistent(options: ServeOptions) -> Callable[[Any], Any]:
+def _consistent(options: ServeOptions, own_steps: Callable[[], int]) -> Callable[[Any], Any]:
     def check(request: Any) -> Any:
         prompts, seed = len(request.prompts), request.seed
         if isinstance(seed, list) and len(seed) != prompts:
             raise ValueError(f"seed holds {len(seed)} seeds, expected one a prompt ({prompts})")
-        rows = prompts * request.num_candidates * (request.steps or 1)
+        steps = request.steps or own_steps()
+        rows = prompts * request.num_candidates * steps
         if rows > options.max_rows:
+            own = steps > 1 and not request.steps
+            whose = f" (with the model's own {steps} steps)" if own else ""
             raise ValueError(
-                f"prompts × num_candidates × steps is {rows}, expected at most {options.max_rows}"
+                f"prompts × num_candidates × steps is {rows}{whose}, expected at most "
+                f"{options.max_rows}, the server's --max-rows"
             )
         return request
 

@@ -17,6 +17,17 @@ Job = Mapping[str, Any]
 Answer = dict[str, Any]
 """`status`, an HTTP status, with `texts` and, once a batch, its `rows`; or `detail`: why none."""
 
+PROBE: Job = {
+    "prompts": [""], "seed": 0, "steps": None, "temperature": None, "num_candidates": 1,
+    "select": "none", "on_overflow": "error", "probe": True,
+}  # fmt: skip
+"""The server's own question whether a worker answers; in nobody's counts."""
+
+
+def is_probe(job: Job) -> bool:
+    """Whether nobody but the server asked it."""
+    return bool(job.get("probe"))
+
 
 class GenerateSpec(LitSpec):
     """Names the queue; `dlmone_fast.serving.routes` has the route, with its bounds and statuses."""

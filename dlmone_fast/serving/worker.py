@@ -20,7 +20,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 
 from dlmone_fast.errors import DlmOneError, UsageError
 from dlmone_fast.serving.options import ServeOptions
-from dlmone_fast.serving.spec import Answer, GenerateSpec, Job
+from dlmone_fast.serving.spec import Answer, GenerateSpec, Job, is_probe
 from dlmone_fast.serving.workers import Workers
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
-# A request without `steps` leaves them to the model.
-_SHARED = ("steps", "num_candidates", "select", "on_overflow")
+# A request without `steps` or `temperature` leaves them to the model.
+_SHARED = ("steps", "temperature", "num_candidates", "select", "on_overflow")
 
 _DEFECT = "the model failed; the server's log says why"
 
@@ -47,7 +47,7 @@ class Taken:
     @property
     def rows(self) -> int:
         """What it adds to a network batch."""
-        return len(self.job["prompts"]) * int(self.job["num_candidates"])
+        return _rows(self.job)
 
 
 class Worker(LitAPI):
@@ -89,6 +89,7 @@ class Worker(LitAPI):
                 options.model, device, options.dtype, backend=options.backend
             )
             self.generator.warmup((1, options.max_batch_size))
+            self.workers.loaded(self.generator.settings.steps)
         except DlmOneError as error:
             self.workers.failed(error)
             # Its message is the command's own; LitServe would print a traceback before it.
@@ -143,7 +144,9 @@ class Worker(LitAPI):
             {"status": 200, "texts": [next(left) for _ in job["prompts"]], "rows": 0}
             for job in jobs
         ]
-        answers[0]["rows"] = len(prompts) * jobs[0]["num_candidates"]
+        asked = [place for place, job in enumerate(jobs) if not is_probe(job)]
+        if asked:
+            answers[asked[0]]["rows"] = sum(_rows(jobs[place]) for place in asked)
         return answers
 
 
@@ -199,6 +202,10 @@ class BatchLoop(LitLoop):
         self.put_response(
             transport, request.consumer, request.uid, data, status, LoopResponseType.REGULAR
         )
+
+
+def _rows(job: Job) -> int:
+    return len(job["prompts"]) * int(job["num_candidates"])
 
 
 def _seeds(job: Job) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which worker processes live: memory that the server's processes share."""
+"""Which worker processes live, and what they say of the model: memory that processes share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,21 @@ class Workers:
     def __init__(self) -> None:
         spawned = multiprocessing.get_context("spawn")
         self._pids: Any = spawned.Array("q", _MOST, lock=False)
+        self._steps: Any = spawned.Value("q", 1, lock=False)
         self._failures: Any = spawned.SimpleQueue()
 
     def ready(self, number: int) -> None:
         """In a worker: it takes requests from now on."""
         self._pids[number] = os.getpid()
+
+    def loaded(self, steps: int) -> None:
+        """In a worker: how many network calls a text takes where a request does not say."""
+        self._steps.value = steps
+
+    @property
+    def own_steps(self) -> int:
+        """The model's own steps; known once a worker is ready."""
+        return int(self._steps.value)
 
     def failed(self, error: DlmOneError) -> None:
         """In a worker: it cannot start."""

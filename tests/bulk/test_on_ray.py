@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 import tiny
+import torch
 from installed import skip_without
 
-from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.bulk import on_ray
+from dlmone_fast.bulk.job import JOB_NAME, Done, Job
+from dlmone_fast.bulk.shards import Shard
+from dlmone_fast.errors import BackendUnavailableError, DlmOneError, UsageError
 from dlmone_fast.generate_bulk import main
 
 skip_without("ray")
@@ -95,3 +101,81 @@ def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'dlmone_fast\[ray\]'"):
         main([str(source), str(tmp_path / "out"), "--model", str(model)])
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--model", "missing"), 4),
+        (("--num-candidates", "0"), 2),
+        (("--steps", "31"), 2),
+        (("--sampler", "dddim"), 2),
+        (("--temperature", "-1"), 2),
+        (("--dtype", "fp23"), 2),
+        (("--backend", "eagre"), 2),
+        (("--batch-size", "4097"), 2),
+        (("--device", "cuda", "--workers", "1"), 2),
+    ],
+)
+def test_a_slip_leaves_no_output_folder(tmp_path: Path, options: tuple[str, ...], code: int):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    source, model = tmp_path / "in.jsonl", tiny.save(tmp_path / "model")
+    source.write_text('{"src": "ba"}\n')
+    command = [str(source), str(tmp_path / "out"), "--model", str(model), *options]
+    with pytest.raises(DlmOneError) as caught:
+        main(command)
+    assert caught.value.exit_code == code, caught.value
+    assert not (tmp_path / "out").exists()
+
+
+class Cluster:
+    """Ray on a machine with four GPUs, as far as the driver looks."""
+
+    def __init__(self) -> None:
+        self.connected = False
+
+    def is_initialized(self) -> bool:
+        return self.connected
+
+    def init(self, **options: object) -> None:
+        assert options == {"log_to_driver": False}
+        self.connected = True
+
+    def shutdown(self) -> None:
+        self.connected = False
+
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}}]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_cluster_says_what_workers_there_are(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, model = tmp_path / "in.jsonl", tiny.save(tmp_path / "model")
+    source.write_text('{"src": "ba"}\n' * 100)
+    cluster, asked = Cluster(), []
+
+    def make(job: Job, shards: list[Shard], **options: int) -> Iterator[int]:
+        assert cluster.connected
+        asked.append(options)
+        for shard in shards:
+            job.write(job.done_file(shard), [json.dumps(asdict(Done(10, 0, 0, 0.0))).encode()])
+            yield shard.index
+
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(on_ray, "import_ray", lambda: cluster)
+    monkeypatch.setattr(on_ray, "run_on_ray", make)
+    out = tmp_path / "out"
+    command = [str(source), str(out), "--model", str(model), "--rows-per-shard", "10"]
+    assert main([*command, "--device", device]) == 0
+    assert asked == [{"workers": 4, "threads": 4, "batch_size": 64}]
+    assert not cluster.connected
+    options = json.loads((out / JOB_NAME).read_text())["options"]
+    assert (options["device"], options["dtype"], options["backend"]) == ("cuda", "bf16", "eager")
+    # The same job on CPUs would write other texts.
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(UsageError, match="holds a job with another device and dtype"):
+        main([*command, "--device", "cpu"])

@@ -118,3 +118,13 @@ def test_a_damaged_gz_file_ends_the_shard_with_its_row(tmp_path: Path):
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read beyond row \d+"):
         list(read_shard(Shard(0, str(file)), "src", ""))
+
+
+def test_a_parquet_string_that_is_none_ends_the_shard_with_its_row(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    wrong = pyarrow.array([b"fine", b"caf\xe9"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"src": wrong}), file)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read beyond row \d+"):
+        list(read_shard(Shard(0, str(file), count=2), "src", ""))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import pytest
 import tiny
 
 from dlmone_fast.bulk.job import Job, Options
-from dlmone_fast.bulk.shards import plan_shards
+from dlmone_fast.bulk.shards import plan_shards, read_shard
 from dlmone_fast.bulk.worker import ShardWriter, id_seed, total
-from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.errors import DataError, ModelFileError, UsageError
 from dlmone_fast.runtime import Generator, load_model
 
 
@@ -48,7 +51,7 @@ def made(
         writer.write(shard)
     parts = sorted(output.glob("part-*.jsonl"))
     texts = [part.read_text() for part in parts if "rejects" not in part.name]
-    return [json.loads(line) for line in "".join(texts).splitlines()]
+    return [json.loads(line, parse_constant=refuse) for line in "".join(texts).splitlines()]
 
 
 def test_batches_and_shards_do_not_change_what_is_written(
@@ -83,6 +86,47 @@ def test_rejects_say_which_row_and_why(
         ("in.jsonl:7", "'src' is no string", '{"src": null, "id": "r7"}'),
         ("in.jsonl:11", "expected an object, got ['no object']", '["no object"]'),
     ]
+
+
+def test_parquet_types_beyond_json_are_written_as_text_and_null(
+    tmp_path: Path, model: Path, generator: Generator
+):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({
+        "src": ["ba", None, "be"],
+        "day": [datetime.date(2026, 11, 22)] * 3,
+        "price": [decimal.Decimal("1.50")] * 3,
+        "raw": [b"\xff\x00"] * 3,
+        "score": [math.nan, math.inf, 0.5],
+        "nested": [[{"x": -math.inf}], [{"x": math.nan}], [{"x": 1.0}]],
+    })  # fmt: skip
+    source = tmp_path / "typed.parquet"
+    parquet.write_table(table, source)
+    rows = made(source, tmp_path / "out", model, generator, 8)
+    rejected = (tmp_path / "out" / "part-000000.rejects.jsonl").read_text()
+    shown = json.loads(json.loads(rejected)["row"], parse_constant=refuse)
+    assert [row["score"] for row in [*rows, shown]] == [None, 0.5, None]
+    assert [row["nested"][0]["x"] for row in [*rows, shown]] == [None, 1.0, None]
+    for row in [*rows, shown]:
+        assert (row["day"], row["price"], row["raw"]) == ("2026-11-22", "1.50", r"b'\xff\x00'")
+    # The project's own reader takes what was written.
+    written = tmp_path / "out" / "part-000000.jsonl"
+    again = [row for shard in plan_shards(written, 10) for row in read_shard(shard, "src", "")]
+    assert [row.reason for row in again] == ["", ""]
+
+
+def test_a_number_beyond_floats_is_written_as_null(
+    tmp_path: Path, model: Path, generator: Generator
+):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"src": "ba", "n": 1e999}\n')
+    (row,) = made(source, tmp_path / "out", model, generator, 8)
+    assert row["n"] is None
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
 
 
 def test_only_what_is_missing_is_made_again(
@@ -122,6 +166,44 @@ def test_another_job_does_not_write_into_the_folder(
     other = tiny.save(tmp_path / "other", seed=1)
     with pytest.raises(UsageError, match="another input and model"):
         Job(source, out, Options(str(other))).open()
+
+
+@pytest.mark.parametrize(
+    ("option", "other"),
+    [("device", "cuda"), ("dtype", "bf16"), ("backend", "openvino"), ("temperature", 0.5)],
+)
+def test_a_job_goes_on_only_as_it_began(
+    source: Path, tmp_path: Path, model: Path, generator: Generator, option: str, other: Any
+):
+    out = tmp_path / "out"
+    made(source, out, model, generator, 8)
+    with pytest.raises(UsageError, match=rf"another {option} \({option} \w+, not {other}\);"):
+        Job(source, out, Options(str(model), **{option: other})).open()
+
+
+def test_a_worker_that_runs_otherwise_than_its_job_writes_nothing(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    job = Job(source, tmp_path / "out", Options(str(model), device="cuda", dtype="bf16"))
+    job.open()
+    with pytest.raises(UsageError, match=r"on cuda, bf16, eager, .* got one on cpu, fp32, eager"):
+        ShardWriter(job, generator, 8)
+
+
+def test_temperature_changes_what_is_written(
+    source: Path, tmp_path: Path, model: Path, generator: Generator
+):
+    rows = made(source, tmp_path / "a", model, generator, 8, temperature=0.0, num_candidates=2)
+    # Without noise a source has one text.
+    assert all(len(set(row["candidates"])) == 1 for row in rows)
+    rows = made(source, tmp_path / "b", model, generator, 8, num_candidates=2)
+    assert any(len(set(row["candidates"])) == 2 for row in rows)
+
+
+def test_a_model_that_is_none_is_named_before_the_folder_is_made(source: Path, tmp_path: Path):
+    with pytest.raises(ModelFileError, match="missing: no such folder"):
+        Job(source, tmp_path / "out", Options(str(tmp_path / "missing"))).open()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_refused(source: Path, tmp_path: Path, model: Path):

@@ -14,11 +14,13 @@ from litserve.utils import LitAPIStatus
 from dlmone_fast.errors import BackendUnavailableError
 from dlmone_fast.serve import main
 from dlmone_fast.serving.options import ServeOptions
+from dlmone_fast.serving.spec import PROBE
 from dlmone_fast.serving.worker import BatchLoop, Worker
 from dlmone_fast.serving.workers import Workers
 
 DEFAULTS = {
-    "seed": 0, "steps": None, "num_candidates": 1, "select": "none", "on_overflow": "error",
+    "seed": 0, "steps": None, "temperature": None, "num_candidates": 1, "select": "none",
+    "on_overflow": "error",
 }  # fmt: skip
 
 
@@ -33,15 +35,18 @@ def worker() -> Worker:
 def jobs(count: int) -> list[dict[str, Any]]:
     """All kinds of settings, in turns, over different prompts."""
     kinds = itertools.cycle(
-        itertools.product((None, 2), (1, 3), ("none", "mbr"), ("error", "truncate"))
+        itertools.product((None, 2), (None, 0.5), (1, 3), ("none", "mbr"), ("error", "truncate"))
     )
     texts, found = iter(tiny.prompts(3 * count)), []
-    for i, (steps, candidates, select, overflow) in zip(range(count), kinds, strict=False):
+    for i, (steps, temperature, candidates, select, overflow) in zip(
+        range(count), kinds, strict=False
+    ):
         prompts = [next(texts) for _ in range(i % 3 + 1)]
         seed = i if i % 2 else [1000 * i + n for n in range(len(prompts))]
         found.append({
-            "prompts": prompts, "seed": seed, "steps": steps, "num_candidates": candidates,
-            "select": select, "on_overflow": overflow,
+            "prompts": prompts, "seed": seed, "steps": steps,
+            "temperature": temperature, "num_candidates": candidates, "select": select,
+            "on_overflow": overflow,
         })  # fmt: skip
     return found
 
@@ -63,6 +68,14 @@ def test_a_bad_prompt_is_its_own_job_s_trouble(worker: Worker):
     assert good["texts"] == [tiny.generator().generate("ba")]
     assert bad["status"] == 422
     assert bad["detail"].startswith("prompts[1]: source: 32 tokens")
+
+
+def test_a_probe_is_in_no_count_of_rows(worker: Worker):
+    asked = [{**DEFAULTS, "prompts": prompts} for prompts in (["ba", "be"], ["bi"])]
+    answers = worker.predict([PROBE, *asked])
+    assert [answer["status"] for answer in answers] == [200, 200, 200]
+    assert [answer["rows"] for answer in answers] == [0, 3, 0]
+    assert worker.predict([PROBE])[0]["rows"] == 0
 
 
 def test_settings_that_the_model_refuses_are_no_defect(worker: Worker):

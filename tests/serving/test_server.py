@@ -54,6 +54,9 @@ def test_answers_are_those_of_generate(server: Server):
     expected = generator.generate(several, seed=seeds, num_candidates=3, steps=2)
     answer = server.ask(several, seed=seeds, num_candidates=3, steps=2)
     assert answer == (200, {"texts": expected})
+    for temperature in (0, 2.5):
+        expected = generator.generate(several, seed=7, temperature=temperature)
+        assert server.ask(several, seed=7, temperature=temperature) == (200, {"texts": expected})
     long = "ba " * 30
     assert server.ask(long, on_overflow="truncate") == (
         200, {"texts": [generator.generate(long, on_overflow="truncate")]},
@@ -88,6 +91,7 @@ def test_no_answer_is_lost_or_swapped_among_many_clients(server: Server):
         ({"prompts": "ba", "seed": True}, "seed must be a whole number from 0 to"),
         ({"prompts": "ba", "seed": 2**64}, "seed must be a whole number from 0 to"),
         ({"prompts": "ba", "seed": [1, 2]}, "seed holds 2 seeds, expected one a prompt (1)"),
+        ({"prompts": "ba", "temperature": 11}, "temperature: Input should be less than"),
         ({"prompts": "ba", "num_candidates": 17}, "num_candidates: Input should be less than"),
         ({"prompts": "ba", "select": "best"}, "select: Input should be 'none' or 'mbr'"),
         ({"prompts": "ba", "sampler": "ddim"}, "sampler: Extra inputs are not permitted"),
@@ -185,6 +189,9 @@ def test_a_killed_worker_fails_what_it_had_at_once_and_another_one_serves_the_re
     model: Path, start: Callable[..., Server]
 ):
     server = start("--model", str(model), "--max-rows", "10000", "--timeout-s", "100").wait()
+    # That it is up was asked of the worker, by nobody who counts.
+    assert server.metric("dlmone_prompts_total") == 0
+    assert server.metric("dlmone_batch_rows_count") == 0
     with ThreadPoolExecutor(2) as clients:
         lost = clients.submit(server.ask, **LONG)
         until(lambda: server.metric("dlmone_requests_in_flight") == 1)
@@ -249,6 +256,16 @@ def test_a_main_process_that_is_killed_leaves_nobody_listening(
     left = [server.child(which) for which in ("worker", "queues", "http")]
     server.process.kill()
     until(lambda: all(map(gone, left)))
+
+
+def test_a_teacher_s_own_steps_bound_a_request(tmp_path: Path, start: Callable[..., Server]):
+    teacher = tiny.save(tmp_path / "teacher", kind="teacher")
+    server = start("--model", str(teacher), "--max-rows", "6").wait()
+    expected = tiny.generator("teacher").generate(["ba", "be"])
+    assert server.ask(["ba", "be"]) == (200, {"texts": expected})
+    status, answer = server.ask(["ba", "be", "bi"])
+    assert status == 422
+    assert "steps is 9 (with the model's own 3 steps), expected at most 6" in answer["detail"]
 
 
 def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(
