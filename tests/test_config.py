@@ -63,6 +63,18 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key_path(path: str) -> No
         assert message(**nested(path, value)).startswith(f"{path} must be ")
 
 
+@pytest.mark.parametrize("value", ["a\0b", "\0", "a\udcffb", "\ud800"])
+def test_a_string_that_no_path_or_file_can_hold_is_refused(value: str) -> None:
+    paths = [path for path, kind in KINDS.items() if kind is str and path != "preset"]
+    assert {"output_dir", "data_dir", "data.vocab_file"} < set(paths)
+    for path in paths:
+        text = message(**nested(path, value))
+        assert text.startswith(f"{path} must be text that a path and a UTF-8 file can hold")
+        assert text.endswith(f", got {value!r}")
+        text.encode()
+    assert resolve(output_dir="é\u200d 🙂\n").output_dir == "é\u200d 🙂\n"
+
+
 @pytest.mark.parametrize(("path", "value"), WRONG_WORDS.items())
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: str) -> None:
     text = message(**nested(path, value))

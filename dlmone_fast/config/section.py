@@ -48,6 +48,18 @@ def _check_types(section: Section) -> None:
             object.__setattr__(section, item.name, float(value))
         elif kind in _KINDS and type(value) is not kind:
             raise ConfigError(f"{item.name} must be {_KINDS[kind]}, got {shown(value)}")
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(
+                f"{item.name} must be text that a path and a UTF-8 file can hold, without NUL and "
+                f"lone surrogates, got {shown(value)}"
+            )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 _KINDS: dict[object, str] = {

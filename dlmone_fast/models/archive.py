@@ -7,10 +7,13 @@ may ask for terabytes of `bytearray`, or get a tensor of uninitialised memory fr
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
+import struct
 import zipfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from dlmone_fast.errors import ModelFileError
 from dlmone_fast.models.plainfiles import unreadable
@@ -28,7 +31,17 @@ _NAMES = frozenset(
     }
 )
 _AGAIN = "not opened: save the state dict again with torch.save"
-_TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+
+# The records at the end of a zip archive: the end of its directory, and before that, for sizes of
+# 64 bits, another one with a locator.
+_END = struct.Struct("<4s4H2IH")
+_LOCATOR = struct.Struct("<4sIQI")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+
+# What pushes a value that is no tuple, or in the case of REDUCE one that is hashed by its identity.
+_NO_TUPLES = frozenset({"BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "GLOBAL", "REDUCE"})
+_PUTS = frozenset({"BINPUT", "LONG_BINPUT"})
+_GETS = frozenset({"BINGET", "LONG_BINGET"})
 
 
 def check_archive(file: Path, max_bytes: int) -> None:
@@ -48,8 +61,8 @@ def check_archive(file: Path, max_bytes: int) -> None:
             "has about 381 million"
         )
     try:
-        with zipfile.ZipFile(file) as archive:
-            problem = _archive_problem(archive, size)
+        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            problem = _archive_problem(archive, size) or _directory_problem(stream, archive)
     # zipfile raises several types on damaged archives.
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as reason:
         raise ModelFileError(
@@ -58,6 +71,53 @@ def check_archive(file: Path, max_bytes: int) -> None:
         ) from reason
     if problem:
         raise ModelFileError(f"{file}: {problem}")
+
+
+def _directory_problem(stream: BinaryIO, archive: zipfile.ZipFile) -> str | None:
+    """Say what would let torch's archive reader find other records than zipfile.
+
+    One takes the directory's place from the record at the end, the other reckons it back from
+    there; and torch takes a file that begins with no record for another format.
+    """
+    entries = archive.infolist()
+    place = _directory(stream)
+    alike = place == (archive.start_dir, len(entries))
+    if not alike or 0 not in {entry.header_offset for entry in entries}:
+        return (
+            "does not begin with its first record and end with the one directory of all of them, "
+            f"as what torch.save writes does; {_AGAIN}"
+        )
+    return None
+
+
+def _directory(stream: BinaryIO) -> tuple[int, int] | None:
+    """Where the directory is said to be, and how many records it has; None: not at the end."""
+    end = stream.seek(0, os.SEEK_END) - _END.size
+    magic, *disks, here, count, length, offset, comment = _unpacked(_END, stream, end)
+    if magic != b"PK\5\6" or comment or any(disks):
+        return None
+    locator, disk, offset64, total_disks = _unpacked(_LOCATOR, stream, end - _LOCATOR.size)
+    if locator == b"PK\6\7":
+        end -= _LOCATOR.size + _END64.size
+        short = [(count, 0xFFFF), (length, 0xFFFFFFFF), (offset, 0xFFFFFFFF)]
+        fields = _unpacked(_END64, stream, end)
+        magic, size, _, _, *disks, here, count, length, offset = fields
+        whole = magic == b"PK\6\6" and size == _END64.size - 12
+        if not whole or (disk, total_disks) != (0, 1) or any(disks) or offset64 != end:
+            return None
+        # The short record says the same, as far as its numbers go.
+        long = (count, length, offset)
+        if any(a not in (b, most) for (a, most), b in zip(short, long, strict=True)):
+            return None
+    return (offset, count) if offset + length == end and here == count else None
+
+
+def _unpacked(record: struct.Struct, stream: BinaryIO, place: int) -> tuple[Any, ...]:
+    """The fields of a record; those of zeros where the file has none."""
+    if place < 0:
+        return record.unpack(bytes(record.size))
+    stream.seek(place)
+    return record.unpack(stream.read(record.size))
 
 
 def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
@@ -71,6 +131,9 @@ def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
             "has compressed or overlapping records, which torch.save never writes, and may unpack "
             f"to any size; {_AGAIN}"
         )
+    # zipfile ends a name at its first NUL, torch's archive reader looks for the whole of it.
+    if any(entry.filename != entry.orig_filename for entry in entries):
+        return f"has a name with NUL, which torch.save never writes; {_AGAIN}"
     # torch's archive reader finds records whatever the case of their names.
     names = {entry.filename.lower() for entry in entries}
     if len(names) != len(entries):
@@ -98,19 +161,21 @@ def pickle_problem(content: bytes) -> str | None:
 
     Reads the opcodes and runs none.
     """
-    last, tuples = "", set()
+    last, safe = "", set[object]()
     try:
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
                 return f"its pickle uses {opcode.name}, which torch.save never writes"
             if opcode.name == "GLOBAL" and not _allowed(str(argument)):
                 return f"its pickle asks for {str(argument).replace(' ', '.')!r:.80}"
-            if opcode.name in ("BINPUT", "LONG_BINPUT") and last in _TUPLES:
-                tuples.add(argument)
             # Tuples of the same tuple, 40 deep, cost nothing to write and hours to hash.
-            if opcode.name in ("BINGET", "LONG_BINGET") and argument in tuples:
-                return "its pickle repeats a tuple, which torch.save never does"
-            last = opcode.name
+            if opcode.name in _PUTS:
+                (safe.add if last in _NO_TUPLES else safe.discard)(argument)
+            elif opcode.name in _GETS and argument not in safe:
+                return "its pickle repeats a tuple or what may be one, which torch.save never does"
+            # Two puts in a row store the same value.
+            if opcode.name not in (*_PUTS, "PROTO"):
+                last = opcode.name
     except ValueError as reason:
         return f"its pickle is damaged ({reason!s:.80})"
     return None

@@ -8,6 +8,7 @@ are deleted only after the new one was read back against its manifest.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ STATE_NAME = "state.json"
 CONFIG_NAME = "config.toml"
 _STEP = re.compile(r"step-(\d{8,12})")
 _LEFTOVER = re.compile(r"(\.old-|abandoned-)?step-\d{8,12}")
-_MAX_STEP = 10**12 - 1
+MAX_STEP = 10**12 - 1
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_FILES = 100
 _OTHER = "resume from another checkpoint"
@@ -74,17 +75,32 @@ class Checkpoint:
         """An entry of the state that is of one of the given types; `default` if there is none.
 
         Raises:
-            CheckpointError: it is of another type, or missing without a default.
+            CheckpointError: it is of another type or not finite, or missing without a default.
         """
         if name not in self.state and default is not None:
             return default
-        if name not in self.state or type(self.state[name]) not in kinds:
+        found = self.state.get(name)
+        # JSON has no Infinity, but 1e999 is read as one.
+        endless = type(found) is float and not math.isfinite(found)
+        if name not in self.state or type(found) not in kinds or endless:
             raise CheckpointError(
                 f"{self.path / STATE_NAME}: {name} must be "
-                f"{' or '.join(kind.__name__ for kind in kinds)}, got "
-                f"{self.state.get(name)!r:.80}; {_OTHER}"
+                f"{' or '.join(kind.__name__ for kind in kinds)}, got {found!r:.80}; {_OTHER}"
             )
-        return self.state[name]
+        return found
+
+    def check_step(self, most: int) -> None:
+        """Raise CheckpointError if this is of a later step than the last one of its phase."""
+        if self.step > most:
+            raise CheckpointError(
+                f"{self.path / STATE_NAME}: step is {self.step}, the phase has {most} steps; "
+                "resume with the configuration of the checkpoint"
+            )
+
+
+def is_count(value: object) -> bool:
+    """Whether a value from state.json can be a number of steps."""
+    return type(value) is int and 0 <= value <= MAX_STEP
 
 
 def save_checkpoint(
@@ -118,9 +134,9 @@ def save_checkpoint(
             written does not read back. All earlier checkpoints are then intact.
     """
     root = Path(root)
-    if type(step) is not int or not 0 <= step <= _MAX_STEP or keep < 1:
+    if type(step) is not int or not 0 <= step <= MAX_STEP or keep < 1:
         raise CheckpointError(
-            f"step must be between 0 and {_MAX_STEP} and keep at least 1; got {step!r}, {keep!r}"
+            f"step must be between 0 and {MAX_STEP} and keep at least 1; got {step!r}, {keep!r}"
         )
     _check_names(tensors, root)
     target = root / f"step-{step:08d}"
@@ -270,9 +286,10 @@ def _verified_head(path: Path) -> dict[str, Any]:
             f"{head.get('format')!r:.80} version {head.get('version')!r:.80}; {_OTHER}"
         )
     step, names = head.get("step"), head.get("tensors")
-    if type(step) is not int or not isinstance(head.get("state"), dict):
+    if not is_count(step) or not isinstance(head.get("state"), dict):
         raise CheckpointError(
-            f"{where}: must hold a whole number 'step' and an object 'state'; {_OTHER}"
+            f"{where}: must hold a whole number 'step' between 0 and {MAX_STEP} and an object "
+            f"'state', got step {step!r:.40}; {_OTHER}"
         )
     named = _STEP.fullmatch(original_name(path))
     if named and int(named[1]) != step:

@@ -70,7 +70,8 @@ def commit_directory(
 def complete_path(target: StrPath) -> Path:
     """Return `target`, or its aside when a replacement was cut off between its two renames."""
     target = Path(target)
-    if not target.exists() and _aside(target).is_dir():
+    # os.path: a path that the system does not take, such as one that is too long, is not there.
+    if not os.path.exists(target) and target.name and os.path.isdir(_aside(target)):
         return _aside(target)
     return target
 

@@ -197,6 +197,12 @@ def denoiser_from_folder(folder: ModelFolder) -> Denoiser:
 
 def _configs(folder: ModelFolder) -> tuple[ModelConfig, DiffusionConfig]:
     model = _section(ModelConfig, folder, "model")
+    # To a run 0 means: from its tokenizer. No weights have it.
+    if model.vocab_size < 1:
+        raise ModelFileError(
+            f"{folder.path / CONFIG_NAME}: model: vocab_size must be at least 1, got "
+            f"{model.vocab_size}; copy the folder again from its source"
+        )
     return model, _section(DiffusionConfig, folder, "diffusion")
 
 

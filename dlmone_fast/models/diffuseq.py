@@ -257,7 +257,8 @@ embedding matrix: {num_parameters:,} parameters, {model.num_layers} layers of wi
 {model.hidden_size}, sequence length {model.seq_len}, vocabulary of {model.vocab_size:,}.
 
 It is a many-step diffusion model: `dlmone_fast.load_teacher(folder)` loads it, and
-`python -m dlmone_fast.train --phase stage1 --teacher folder` distils it into a one-step model.
+`python -m dlmone_fast.train --preset qqp --teacher folder --data-dir DATA` distils it into a
+one-step model (for other data name another preset, or a file with `--config`).
 `config.json` records the hashes of the files that it was made from. The licence and the training
 data are those of the checkpoint.
 """

@@ -171,6 +171,12 @@ def _model_config(
                 f"{where}: {name} must be a matrix, is {list(state[name].shape)}; {ONLY_V1}"
             )
         sizes[key] = state[name].shape[axis]
+    # To a configuration a vocabulary of 0 means one that is not known yet.
+    if sizes["vocab_size"] < 1:
+        raise ModelFileError(
+            f"{where}: lm_head.weight has no rows, is {list(state['lm_head.weight'].shape)}; "
+            f"{ONLY_V1}"
+        )
     bert = args.get("bert_config", {})
     claims = {
         "hidden_dim": (args.get("hidden_dim"), "embedding_dim"),

@@ -7,6 +7,7 @@ whoever can write the folder can write the manifest. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -82,7 +83,8 @@ def read_manifest(
     """
     folder = Path(folder)
     where = folder / MANIFEST_NAME
-    if not folder.is_dir():
+    # os.path: is_dir of a path that the system does not take raises.
+    if not os.path.isdir(folder):
         raise error(f"{folder}: no such folder; check the path")
     content = read_json(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES)
     if content.get("format") != _FORMAT or type(content.get("version")) is not int:
@@ -128,12 +130,13 @@ def verify_manifest(
 
 def identities(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Which file stands under each name in the folder now: inode, size and time of last change."""
-    try:
-        with os.scandir(folder) as entries:
-            found = {entry.name: entry.stat() for entry in entries}
-    # What is wrong with the folder is for verify_manifest to say.
-    except OSError:
-        return {}
+    found: dict[str, os.stat_result] = {}
+    # What is wrong with the folder, a name with NUL too, is for verify_manifest to say.
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        for entry in entries:
+            # A link that leads nowhere, such as an editor's lock, concerns nobody but who lists it.
+            with contextlib.suppress(OSError):
+                found[entry.name] = entry.stat()
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
 
 

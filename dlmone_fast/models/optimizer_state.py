@@ -21,6 +21,8 @@ from dlmone_fast.models.tensors import check_names
 _INT64_MAX = 2**63 - 1
 # Choices of implementation, which belong to the machine that runs and not to the state.
 _LOCAL_OPTIONS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# AdamW divides by 1 - beta**step, as little as 2^-53: the quotient must still be a float32.
+_LARGEST_RATE = 1e6
 
 
 def flatten_optimizer(
@@ -66,17 +68,19 @@ def restore_optimizer(
     state: Mapping[str, Any],
     where: StrPath = "optimizer state",
 ) -> None:
-    """Put a state from `flatten_optimizer` back, bit for bit, after checking that it fits.
+    """Put AdamW's state from `flatten_optimizer` back, bit for bit, after checking that it fits.
 
     Nothing of the optimiser changes unless everything fits. foreach, fused, capturable and
     differentiable keep the live optimiser's values. `where` is the file, for messages.
 
     Raises:
         CheckpointError: another optimiser class, other groups or names, missing or unexpected
-            tensors, or a shape or dtype that is not the parameter's.
+            tensors, a shape or dtype that is not the parameter's, or values that no AdamW has and
+            that its step would fail on.
     """
     names = _names_by_id(parameters)
     _check_groups(optimizer, names, state, where)
+    _check_keys(state, where)
     keys: Mapping[str, list[str]] = state["keys"]
     check_names(
         [f"{name}/{key}" for name, own in keys.items() for key in own],
@@ -175,6 +179,11 @@ def _check_groups(
                     f"{where}: {key} of group {index} must be like {value!r}, got "
                     f"{saved[key]!r:.80}; use another checkpoint"
                 )
+            if not _within_bounds(key, saved[key]):
+                raise CheckpointError(
+                    f"{where}: {key} of group {index} must be {_bounds(key)}, got "
+                    f"{saved[key]!r:.80}; use another checkpoint"
+                )
         known.update(expected)
     unknown = sorted(set(keys) - known)
     if unknown:
@@ -198,6 +207,37 @@ def _same_kind(live: Any, saved: Any) -> bool:
     return type(saved) is type(live)
 
 
+def _bounds(key: str) -> str:
+    most = {"betas": "from 0 to below 1", "lr": f"between 0 and {_LARGEST_RATE:g}"}
+    return most.get(key, "0 or more")
+
+
+def _within_bounds(key: str, saved: Any) -> bool:
+    """Whether a value of the right kind is one that AdamW's step can compute with."""
+    if isinstance(saved, (list, tuple)):
+        return all(_within_bounds(key, value) for value in saved)
+    if key == "betas":
+        return bool(0 <= saved < 1)
+    return type(saved) not in (int, float) or 0 <= saved <= (
+        _LARGEST_RATE if key == "lr" else sys.float_info.max
+    )
+
+
+def _check_keys(state: Mapping[str, Any], where: StrPath) -> None:
+    """AdamW takes a parameter's state for whole as soon as there is any."""
+    for group in state["groups"]:
+        expected = ["exp_avg", "exp_avg_sq", "step"]
+        if group.get("amsgrad"):
+            expected.insert(2, "max_exp_avg_sq")
+        for name in group["parameters"]:
+            found = state["keys"].get(name, expected)
+            if found != expected:
+                raise CheckpointError(
+                    f"{where}: the keys of {name} must be {', '.join(expected)}, got "
+                    f"{found!r:.80}; use another checkpoint"
+                )
+
+
 def _fitting(tensor: Tensor, parameter: Parameter, name: str, where: StrPath) -> Tensor:
     # AdamW's step counter is the one scalar, float32; moments are like their parameter.
     scalar = name.endswith("/step")
@@ -208,4 +248,7 @@ def _fitting(tensor: Tensor, parameter: Parameter, name: str, where: StrPath) ->
             f"{where}: {name} is {list(tensor.shape)} {tensor.dtype}, expected "
             f"{list(shape)} {dtype}; resume with the configuration of the checkpoint"
         )
+    # Counts, and means of squares.
+    if name.endswith(("/step", "_sq")) and not bool((tensor >= 0).all()):
+        raise CheckpointError(f"{where}: {name} must be 0 or more; use another checkpoint")
     return tensor

@@ -24,7 +24,7 @@ tags: [text-generation, diffusion, {kind}]
 ```python
 import dlmone_fast
 
-dlmone_fast.generate(["…"], model="{folder}")
+dlmone_fast.generate(["…"], model="path/to/this/folder")
 ```
 
 - Method: DiffuSeq (arXiv 2210.08933) teacher, DLM-One (arXiv 2506.00290) distillation.
@@ -65,7 +65,7 @@ def _write(workspace: Workspace, phase: Phase, denoiser: Denoiser, weights: str)
     model = denoiser.config
     card = _CARD.format(
         kind=kind, title=f"{config.data.task}: {phase.name}", what=what, task=config.data.task,
-        weights=weights, folder=target, layers=model.num_layers, hidden=model.hidden_size,
+        weights=weights, layers=model.num_layers, hidden=model.hidden_size,
         d=model.embedding_dim, seq_len=model.seq_len, vocab=model.vocab_size, seed=config.seed,
         version=dlmone_fast.__version__,
     )  # fmt: skip

@@ -14,7 +14,6 @@ RUN/.lock                held while a training runs here, with its process id
 from __future__ import annotations
 
 import shutil
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dlmone_fast.config import Config, from_dict, to_dict, to_toml
+from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
 from dlmone_fast.errors import CheckpointError, ConfigError, DataError
@@ -308,10 +307,11 @@ def _check_same_run(root: Path, config: Config) -> None:
     if not file.exists():
         return
     try:
-        before = to_dict(from_dict(tomllib.loads(file.read_text(encoding="utf-8"))))
-    except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        before = to_dict(from_dict(load_toml(file)))
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"--config {file}: ")
         raise ConfigError(
-            f"{file}: is not a configuration of this version ({error}); use another --output-dir, "
+            f"{file}: is not a configuration of this version ({reason}); use another --output-dir, "
             "or start over with --phase all --resume never"
         ) from error
     changed = list(_differences(before, to_dict(config)))

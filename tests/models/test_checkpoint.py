@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from resealing import edit_json
 from torch import Tensor
 
 from dlmone_fast.errors import CheckpointError
@@ -228,6 +229,30 @@ def test_a_sealed_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> Non
     write_manifest(path)
     with pytest.raises(CheckpointError, match="version 9"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("step", [-1, 10**12, 10**400, True, 1.0])
+def test_a_step_that_no_run_reaches_is_refused(tmp_path: Path, step: Any) -> None:
+    path = save(tmp_path, 1).rename(tmp_path / "kept")
+    edit_json(path / "state.json", lambda head: head.update(step=step))
+    with pytest.raises(CheckpointError, match=r"state\.json: must hold a whole number 'step' betw"):
+        load_checkpoint(path)
+
+
+def test_a_step_behind_the_end_of_its_phase_is_refused(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save(tmp_path, 5))
+    checkpoint.check_step(5)
+    with pytest.raises(CheckpointError, match=r"state\.json: step is 5, the phase has 4 steps; re"):
+        checkpoint.check_step(4)
+
+
+def test_a_number_that_json_reads_as_infinity_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    text = (path / "state.json").read_text().replace('"lr": 0.3333333333333333', '"lr": 1e999')
+    (path / "state.json").write_text(text)
+    write_manifest(path)
+    with pytest.raises(CheckpointError, match=r"state\.json: lr must be float, got inf"):
+        load_checkpoint(path).value("lr", float)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from resealing import edit_json, edit_tensors
 
 from dlmone_fast import load_teacher
 from dlmone_fast.errors import ModelFileError, UsageError
@@ -41,6 +42,18 @@ def test_t_may_be_one_for_all_rows_and_of_any_whole_type(denoiser, x, t):
     wanted = denoiser.loss(ids.long(), mask, expected, embedding_noise=x, noise=x)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert torch.equal(denoiser.ancestral_step(x, t, x), denoiser.ancestral_step(x, expected, x))
+
+
+def test_weights_without_a_vocabulary_are_refused(tmp_path):
+    tiny.save(tmp_path, with_tokenizer=False)
+    edit_json(tmp_path / "config.json", lambda content: content["model"].update(vocab_size=0))
+
+    def cut(tensors):
+        tensors.update({name: tensors[name][:0] for name in ("tokens.weight", "tokens.bias")})
+
+    edit_tensors(tmp_path / "model.safetensors", cut)
+    with pytest.raises(ModelFileError, match=r"config\.json: model: vocab_size must be at least 1"):
+        load_teacher(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from dlmone_fast.errors import CheckpointError, ModelFileError
-from dlmone_fast.models.manifest import verify_manifest, write_manifest
+from dlmone_fast.models.folder import load_folder
+from dlmone_fast.models.manifest import (
+    check_unchanged,
+    identities,
+    verify_manifest,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -40,6 +46,24 @@ def test_a_file_that_is_not_listed_is_left_alone_unless_required(folder: Path) -
     verify_manifest(folder)
     with pytest.raises(ModelFileError, match=r"note\.txt: is not listed"):
         verify_manifest(folder, required=("note.txt",))
+
+
+def test_a_link_that_leads_nowhere_is_left_alone_unless_it_is_listed(folder: Path) -> None:
+    (folder / ".#a.txt").symlink_to("user@host.1234:5678")
+    before = identities(folder)
+    files = verify_manifest(folder)
+    assert {"a.txt", "b.bin", "manifest.json"} == before.keys()
+    check_unchanged(folder, before, files)
+    (folder / "a.txt").unlink()
+    (folder / "a.txt").symlink_to("nowhere")
+    with pytest.raises(ModelFileError, match=r"a\.txt: was changed while it was read"):
+        check_unchanged(folder, before, files)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\udcffb\ud800", "a" * 5000])
+def test_a_folder_of_an_impossible_name_is_named(name: str) -> None:
+    with pytest.raises(ModelFileError, match="no such folder; check the path"):
+        load_folder(name)
 
 
 @pytest.mark.parametrize(

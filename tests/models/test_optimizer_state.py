@@ -128,6 +128,23 @@ def one_key(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state["keys"]["0.weight"] = 3
 
 
+def all_keys(change: Callable[[list[Any]], Any]) -> Any:
+    def apply(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        change(state["keys"]["2.bias"])
+
+    return apply
+
+
+def without_state(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Half of a parameter's state, in both parts alike."""
+    state["keys"]["0.weight"].remove("exp_avg_sq")
+    del tensors["0.weight/exp_avg_sq"]
+
+
+def fill(name: str, value: float) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    return lambda tensors, state: tensors.update({name: torch.full_like(tensors[name], value)})
+
+
 def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state.clear()
 
@@ -148,6 +165,18 @@ def empty(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         (set_option("betas", [0.9]), r"betas of group 0 must be like \(0\.\d+, .*got \[0\.9\]"),
         (set_option("eps", 10**400), "eps of group 0 must be like"),
         (set_option("maximize", 0), "maximize of group 0 must be like False, got 0"),
+        (set_option("lr", -0.1), "lr of group 0 must be between 0 and 1e.06, got -0.1"),
+        (set_option("lr", 1e39), r"lr of group 0 must be between 0 and 1e.06, got 1e\+39"),
+        (set_option("weight_decay", -1), "weight_decay of group 0 must be 0 or more, got -1"),
+        (set_option("betas", [1.0, 0.9]), "betas of group 0 must be from 0 to below 1"),
+        (set_option("betas", [0.9, -0.1]), "betas of group 0 must be from 0 to below 1"),
+        (set_option("amsgrad", True), r"keys of 0\.weight must be .*, max_exp_avg_sq, step, got"),
+        (without_state, r"keys of 0\.weight must be exp_avg, exp_avg_sq, step, got"),
+        (all_keys(list.clear), r"keys of 2\.bias must be .*, got \[\]"),
+        (all_keys(lambda keys: keys.append([])), r"keys of 2\.bias must be"),
+        (all_keys(lambda keys: keys.append("step")), r"keys of 2\.bias must be"),
+        (fill("2.bias/step", -1.0), r"2\.bias/step must be 0 or more"),
+        (fill("2.bias/exp_avg_sq", -1.0), r"2\.bias/exp_avg_sq must be 0 or more"),
         (one_key, "a list of keys for each parameter"),
         (empty, "must hold groups and a list of keys"),
     ],

@@ -268,10 +268,15 @@ def optimizer(folder: Path) -> Target:
     module(torch.ones(1, 2)).sum().backward()
     adamw.step()
     parameters = dict(module.named_parameters())
-    tensors, valid = flatten_optimizer(adamw, parameters)
+    state, valid = flatten_optimizer(adamw, parameters)
+    tensors = {name: tensor.clone() for name, tensor in state.items()}
+    # As a file gives it: lists for tuples, which edits reach into.
+    valid = json.loads(json.dumps(valid))
 
     def restore_and_step(document: dict[str, Any]) -> None:
-        restore_optimizer(adamw, parameters, tensors, document)
+        # Copies: a step works on what was restored.
+        fresh = {name: tensor.clone() for name, tensor in tensors.items()}
+        restore_optimizer(adamw, parameters, fresh, document)
         # What is accepted must also work.
         adamw.step()
 

@@ -53,9 +53,13 @@ def resume_as_a_run(path: Path) -> None:
     steps = [step for step, _ in list_checkpoints(path.parent)]
     with pytest.raises(CheckpointError):
         resolve_resume(path.parent, path)
-    found = resolve_resume(path.parent, "auto")
-    assert found is not None
-    assert load_checkpoint(found).step == steps[-2]
+    try:
+        found = resolve_resume(path.parent, "auto")
+        assert found is not None
+        assert load_checkpoint(found).step == steps[-2]
+    # The error that the caller waits for is that of the damaged one.
+    except CheckpointError as error:
+        raise AssertionError(f"{path.parent}: did not go back to step {steps[-2]}") from error
     load_checkpoint(path)
 
 
@@ -100,6 +104,15 @@ def test_every_corruption_is_a_named_error(run_root: Path, campaign: bool, figur
         "R3", f"corruptions of {len(opened)} model folders and checkpoints, {len(refused)} kinds",
         "all a named error of the documented class", f"{refused.total():,} of {count:,}",
     )  # fmt: skip
+
+
+def test_a_checkpoint_that_is_not_gone_back_to_is_a_failure(run_root: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(run_root / "checkpoints" / "teacher", tmp_path / "teacher"))
+    (_, older), (_, newest) = list_checkpoints(root)[-2:]
+    for path in (newest, older):
+        damage(path / "model.safetensors", "flip", random.Random(0))
+    with pytest.raises(AssertionError, match="did not go back to step"):
+        resume_as_a_run(newest)
 
 
 def _first_float(tensors: dict[str, Tensor], rng: random.Random) -> str:

@@ -102,11 +102,47 @@ def _overlapping(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _shared_tuples(depth: int) -> bytes:
-    """A key whose hash takes 2^depth steps."""
-    levels = b")q\x00"
+def _another_directory(path: Path, size: int) -> None:
+    """Two archives of one length: zipfile finds the second, torch's reader the first, which asks
+    for memory."""
+    hidden = _pickle(_name("builtins", "bytearray") + _number(size) + b"\x85R")
+    shown = _pickle(_number(1)).ljust(len(hidden), b".")
+    parts = []
+    for content in (hidden, shown):
+        _archive(path, _with_data(content))
+        parts.append(path.read_bytes())
+    path.write_bytes(parts[0][:-22] + parts[1])
+
+
+def _another_locator(path: Path, mark: Path) -> None:
+    """As before, with the records of 64 bits that torch.save writes."""
+    parts = []
+    for value in (1.0, 2.0):
+        torch.save({"lm_head.weight": torch.full((4,), value)}, path)
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+
+
+def _commented(path: Path, mark: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in _with_data(_tensor(16, 16, 1)).items():
+            archive.writestr(name, content)
+        archive.comment = b"PK"
+
+
+def _behind_a_pickle(path: Path, mark: Path) -> None:
+    """What begins with no record torch takes for its older format."""
+    path.write_bytes(pickle.dumps(_payloads(mark)["os.system"]))
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, content in _with_data(_tensor(16, 16, 1)).items():
+            archive.writestr(name, content)
+
+
+def _shared_tuples(depth: int, between: bytes = b"") -> bytes:
+    """A key whose hash takes 2^depth steps; `between` stands before each number in the memo."""
+    levels = _text("") + between + b"q\x00"
     for i in range(depth):
-        levels += b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1])
+        levels += b"h" + bytes([i]) + b"\x86" + between + b"q" + bytes([i + 1])
     return b"\x80\x02}" + levels + b"K\x01s."
 
 
@@ -161,6 +197,8 @@ def _long_pickle(path: Path, mark: Path) -> None:
 
 
 FORCED = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",)
+# Before a tuple is put into the memo: nothing, another number, another protocol, a value that goes.
+BETWEEN = {"": b"", ", put twice": b"q\xff", ", put after PROTO": b"\x80\x02", ", POP": b"K\x010"}
 HOSTILE: dict[str, Hostile] = {
     **{f"{name} as the whole": _saved(name) for name in _payloads(Path())},
     "os.system inside a state dict": _saved("os.system", inside=True),
@@ -179,7 +217,14 @@ HOSTILE: dict[str, Hostile] = {
     "storage larger than its record": _raw(_tensor(1 << 40, 1 << 40, 1), "safe loader refused"),
     "tensor of one element repeated": _raw(_tensor(16, 1 << 40, 0), "is not a plain tensor"),
     "tensor beyond its storage": _raw(_tensor(16, 16, 1, 1 << 40), "safe loader refused"),
-    "key that takes forever to hash": _raw(_shared_tuples(60), "repeats a tuple"),
+    **{f"key that takes forever to hash{how}": _raw(_shared_tuples(60, between), "repeats a tuple")
+       for how, between in BETWEEN.items()},
+    "directory elsewhere": Hostile(
+        lambda p, m: _another_directory(p, 1 << 43), "the one directory of all of them"
+    ),
+    "directory of 64 bits elsewhere": Hostile(_another_locator, "the one directory"),
+    "archive with a comment": Hostile(_commented, "the one directory"),
+    "archive behind a bare pickle": Hostile(_behind_a_pickle, "begin with its first record"),
     "zip bomb, deflated": Hostile(_bomb, "compressed or overlapping"),
     "zip bomb, overlapping records": Hostile(lambda p, m: _overlapping(p), "overlap"),
     "pickle of 32 MB": Hostile(_long_pickle, "too large for a state dict"),
@@ -278,6 +323,24 @@ def test_a_hostile_checkpoint_runs_nothing_and_costs_nothing(
         f"0 executions of {len(kinds)} kinds, exit code 4 each, at most {worst / 1e6:.0f} MB above "
         "a good file's",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("between", [b"", b"q\xff", b"\x80\x02"])
+def test_torch_would_hash_the_shared_tuples(between: bytes, tmp_path: Path) -> None:
+    _archive(tmp_path / "x.pt", _with_data(_shared_tuples(3, between)))
+    (key,) = torch.load(tmp_path / "x.pt", weights_only=True)
+    one = ("", "")
+    assert key == ((one, one), (one, one))
+
+
+def test_torch_would_read_the_other_directory(tmp_path: Path) -> None:
+    _another_locator(tmp_path / "x.pt", tmp_path)
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert loaded["lm_head.weight"].tolist() == [1.0] * 4
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert archive.read("x/data/0") == struct.pack("<4f", *[2.0] * 4)
+    _another_directory(tmp_path / "x.pt", 1000)
+    assert torch.load(tmp_path / "x.pt", weights_only=True) == {"lm_head.weight": bytearray(1000)}
 
 
 def test_the_payloads_do_run_where_nothing_stops_them(tmp_path: Path) -> None:

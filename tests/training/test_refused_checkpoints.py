@@ -97,7 +97,14 @@ def test_tensors_that_do_not_fit_are_named(
         ("teacher", "skipped", None),
         ("teacher", "skipped", "many"),
         ("teacher", "optimizer", []),
+        ("teacher", "skipped", -1),
+        ("teacher", "skipped", 10**12),
         ("teacher", "bad_in_a_row", 3),
+        ("teacher", "bad_in_a_row", {"teacher": -1}),
+        ("teacher", "bad_in_a_row", {"skipped": 0, "teacher": 10**400}),
+        ("stage1", "bad_in_a_row", {"generator": "3"}),
+        ("stage1", "bad_in_a_row", {"generator": True}),
+        ("stage1", "bad_in_a_row", {"score estimator": 1.5}),
         ("stage1", "best_of", None),
         ("stage1", "best_score", "high"),
         ("stage1", "score_optimizer", None),
@@ -117,6 +124,15 @@ def test_a_state_that_does_not_fit_is_named(
     edit_json(path / "state.json", change)
     with pytest.raises(CheckpointError, match=rf"state\.json: {key} must be .*, got "):
         phase_of(finished, phase).restore(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("phase", GROUPS)
+def test_a_step_behind_the_end_is_named(finished: RunResult, tmp_path: Path, phase: str) -> None:
+    live = phase_of(finished, phase)
+    path = copied(finished, phase, tmp_path).rename(tmp_path / "kept")
+    edit_json(path / "state.json", lambda head: head.update(step=live.steps + 1))
+    with pytest.raises(CheckpointError, match=rf"state\.json: step is {live.steps + 1}, the phase"):
+        live.restore(load_checkpoint(path))
 
 
 @pytest.mark.parametrize("phase", GROUPS)

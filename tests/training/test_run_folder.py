@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -75,6 +76,35 @@ def test_a_configuration_that_cannot_be_written_is_named(
     monkeypatch.setattr(workspace, "write_atomically", full)
     with pytest.raises(CheckpointError, match=r"config\.toml: cannot be written \(No space left"):
         train_teacher(tiny(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed = " + b"9" * 5000, "is not valid TOML: Exceeds the limit"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "is nested too deeply"),
+        (b"# " + b"a" * (1 << 20), "is larger than the 1,048,576 bytes"),
+        (b"\xff", "is not UTF-8 text"),
+        (b"seed = -1", "seed must be between"),
+        (None, r"cannot be read \(Is a directory\)"),
+    ],
+)
+def test_an_earlier_configuration_that_cannot_be_read_is_named(
+    tiny: Make, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "run" / "config.toml"
+    file.parent.mkdir()
+    file.mkdir() if content is None else file.write_bytes(content)
+    wanted = rf"^{re.escape(str(file))}: is not a configuration of this version \({message}.*never$"
+    with pytest.raises(ConfigError, match=wanted):
+        train_teacher(tiny(tmp_path / "run"))
+
+
+def test_a_card_holds_no_path_of_the_machine(finished: RunResult) -> None:
+    for name in ("teacher", "stage1", "stage2"):
+        card = (finished.root / name / "README.md").read_text(encoding="utf-8")
+        assert 'model="path/to/this/folder")' in card
+        assert str(finished.root.parent) not in card
 
 
 def test_metrics_that_cannot_be_written_are_named(tiny: Make, tmp_path: Path) -> None:
