@@ -187,7 +187,7 @@ def _default_model() -> str:
 
     folder = default_folder()
     if folder is None:
-        return f"none packaged, and {ENVIRONMENT_VARIABLE} is not set"
+        return f"none: {ENVIRONMENT_VARIABLE} is not set"
     return f"{folder}" if (Path(folder) / "manifest.json").is_file() else f"{folder}: not there"
 
 

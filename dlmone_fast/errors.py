@@ -56,7 +56,7 @@ class CheckpointError(ModelFileError):
 
 
 class ModelNotLoadedError(DlmOneError, RuntimeError):
-    """`generate` was called and no model was named, loaded, configured or packaged."""
+    """`generate` was called and no model was named, loaded or configured; or it was unloaded."""
 
     exit_code = EXIT_MODEL
 

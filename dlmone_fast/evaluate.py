@@ -19,6 +19,7 @@ from dlmone_fast.cli import (
     run_command,
 )
 from dlmone_fast.errors import UsageError
+from dlmone_fast.sample import calibration_prompts
 
 if TYPE_CHECKING:
     from dlmone_fast.evaluation.run import ExactMetrics
@@ -60,7 +61,12 @@ class EvaluateArgs:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
-    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
+    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16, or int8 with --calibration."""
+    backend: str = "auto"
+    """What runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU)."""
+    calibration: Annotated[OptionalStr, arg(metavar="FILE")] = None
+    """Prompts, some hundred like those to come, that int8 measures its scales on: one a line, or
+    jsonl with src."""
     max_rows: int = 0
     """Use the first rows only; 0: all."""
     bootstrap: int = 1000
@@ -157,11 +163,15 @@ def _from_files(args: EvaluateArgs, task: str) -> dict[str, Any]:
 
 
 def _from_model(args: EvaluateArgs, task: str) -> tuple[str, dict[str, Any]]:
+    calibration = calibration_prompts(args.calibration, args.dtype)
     # The first import of torch: usage errors above must not wait for it.
     from dlmone_fast.evaluation.run import evaluate_model
     from dlmone_fast.runtime import load_model
 
-    model = load_model(str(args.model), args.device, args.dtype)
+    model = load_model(
+        str(args.model), args.device, args.dtype,
+        backend=args.backend, calibration=calibration,
+    )  # fmt: skip
     task = task or model.task
     return task, evaluate_model(
         model,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dlmone_fast.runtime import Generator
 
 WINDOW = 1024
+MOST_CALIBRATION = 1024
 MAX_LINE_BYTES = 16 * 2**20
 
 DESCRIPTION = """Generate a text for each source of a file or of standard input.
@@ -64,9 +65,12 @@ class SampleArgs:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
-    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16 or fp16."""
+    """auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16, or int8 with --calibration."""
     backend: str = "auto"
     """What runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU)."""
+    calibration: Annotated[OptionalStr, arg(metavar="FILE")] = None
+    """Prompts, some hundred like those to come, that int8 measures its scales on: one a line, or
+    jsonl with src."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SampleArgs, prog="python -m dlmone_fast.sample", description=DESCRIPTION, args=argv
     )
     lines = numbered_lines(args.input)
-    jsonl, lines = _is_jsonl(args, lines)
+    jsonl, lines = _is_jsonl(args.input, args.format, lines)
     _check(args, jsonl)
+    calibration = calibration_prompts(args.calibration, args.dtype)
     # The first import of torch: usage errors above must not wait for it.
     from dlmone_fast.runtime import load_model
 
-    generator = load_model(args.model, args.device, args.dtype, backend=args.backend)
+    generator = load_model(
+        args.model, args.device, args.dtype, backend=args.backend, calibration=calibration
+    )
     count = Count()
-    sources = (_source(args, number, line, jsonl) for number, line in lines)
+    sources = (_source(args.input, number, line, jsonl) for number, line in lines)
     _write(args.output, _generated(args, generator, sources, jsonl, count))
     if count.truncated:
         limit = generator.settings.max_source_tokens
@@ -152,16 +159,40 @@ def _open(path: str | None) -> AbstractContextManager[BinaryIO]:
     return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
 
 
+def calibration_prompts(path: str | None, dtype: str) -> list[str] | None:
+    """The prompts of a --calibration file, which int8 needs and nothing else reads.
+
+    Raises:
+        UsageError: int8 without a file, or a file without int8.
+        DataError: the file cannot be read, or has no prompt.
+    """
+    if path is None:
+        if dtype == "int8":
+            raise UsageError(
+                "--dtype int8: measures its scales on prompts; add --calibration FILE with some "
+                "hundred, one a line or jsonl with src"
+            )
+        return None
+    if dtype != "int8":
+        raise UsageError(f"--calibration: belongs to --dtype int8, got {dtype}; leave it out")
+    jsonl, lines = _is_jsonl(path, "auto", numbered_lines(path))
+    texts = [_source(path, *line, jsonl).text for line in islice(lines, MOST_CALIBRATION)]
+    prompts = [text for text in texts if text.strip()]
+    if not prompts:
+        raise DataError(f"--calibration {path}: expected prompts, one a line, got none")
+    return prompts
+
+
 def _is_jsonl(
-    args: SampleArgs, lines: Iterator[tuple[int, bytes]]
+    path: str | None, form: str, lines: Iterator[tuple[int, bytes]]
 ) -> tuple[bool, Iterator[tuple[int, bytes]]]:
     """Whether rows are objects, and the same lines again."""
     first = list(islice(lines, 1))
     lines = chain(first, lines)
-    if args.format != "auto":
-        return args.format == "jsonl", lines
-    if args.input is not None and args.input.removesuffix(".gz").endswith((".jsonl", ".txt")):
-        return args.input.removesuffix(".gz").endswith(".jsonl"), lines
+    if form != "auto":
+        return form == "jsonl", lines
+    if path is not None and path.removesuffix(".gz").endswith((".jsonl", ".txt")):
+        return path.removesuffix(".gz").endswith(".jsonl"), lines
     try:
         row = json.loads(first[0][1]) if first else None
     except (ValueError, RecursionError):
@@ -169,7 +200,7 @@ def _is_jsonl(
     return isinstance(row, dict) and "src" in row, lines
 
 
-def _source(args: SampleArgs, number: int, line: bytes, jsonl: bool) -> Source:
+def _source(path: str | None, number: int, line: bytes, jsonl: bool) -> Source:
     try:
         text = line.decode("utf-8")
         return _parsed(text) if jsonl else Source(text, {})
@@ -180,7 +211,7 @@ def _source(args: SampleArgs, number: int, line: bytes, jsonl: bool) -> Source:
     except ValueError as error:
         reason = str(error)
     raise DataError(
-        f"{args.input or 'standard input'}, line {number}: {reason}; correct or remove the line"
+        f"{path or 'standard input'}, line {number}: {reason}; correct or remove the line"
     )
 
 

@@ -12,14 +12,15 @@ import json
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from dlmone_fast.boundaries import ALONE, BLANK
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.wordpiece import MAX_WORD_CHARS, PREFIX, learn_pieces
@@ -33,16 +34,14 @@ MAX_VOCAB_SIZE = 1_000_000
 # Tokenising as many characters takes a millisecond.
 _QUICK_CHARS = 1000
 
-# Characters that are always split off as tokens of their own: punctuation and ideographs, not all.
-_ALONE = (
-    r"!-/:-@\[-`{-~\u2010-\u2027\u3001-\u3003\u3008-\u3011\uff01-\uff03\uff05-\uff0a"
-    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-)
-# Each match holds a token at least, and no token lies in two: one of those characters, or a letter,
-# digit or symbol, which never vanishes, with whatever follows it up to where words surely end.
+# Each match holds a token at least, and no token lies in two: a character of its own, or a letter,
+# digit or symbol, which never vanishes, with whatever follows it up to where the word surely ends.
 _SURE_TOKEN = re.compile(
-    rf"[{_ALONE}]|(?:[^\W_]|[\u2190-\u2bff\U0001f000-\U0001faff])[^ \t\n\r{_ALONE}]*"
+    rf"[{ALONE}]|(?:[^\W_]|[\u2190-\u2bff\U0001f000-\U0001faff])[^{BLANK}{ALONE}]*"
 )
+# A text cut behind one of these has the tokens of its parts.
+_BOUNDARY = re.compile(rf"[{BLANK}{ALONE}]")
+_FIRST_PART = 128
 
 # The clean-up of tokenisation spaces that DiffuSeq's decoding applies, in this order
 # (arXiv 2210.08933; the replacements of Hugging Face's `clean_up_tokenization_spaces`).
@@ -168,12 +167,19 @@ class Tokenizer:
     def is_surely_longer(self, text: str, ids: int) -> bool:
         """Whether a long text certainly has more ids than that, [CLS] and [SEP] included.
 
-        It takes microseconds where `encode` takes tens of milliseconds, and misses some.
+        It stops reading where that is certain: after microseconds, where `encode` takes tens of
+        milliseconds.
         """
         if not _QUICK_CHARS < len(text) <= self.max_chars:
             return False
         most = max(0, ids - 2)
-        return len(list(islice(_SURE_TOKEN.finditer(text), most + 1))) > most
+        if len(list(islice(_SURE_TOKEN.finditer(text), most + 1))) > most:
+            return True
+        # Few words of many pieces, or of characters that the count above does not know. One with a
+        # lone surrogate is for `encode` to refuse.
+        return not _torn(text) and any(
+            found > most for found in accumulate(map(self._count, _parts(text)))
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text as DiffuSeq's decoding does: special tokens kept, trailing [PAD] cut.
@@ -243,6 +249,9 @@ class Tokenizer:
         normalised = self._backend.normalizer.normalize_str(text)
         return [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(normalised)]
 
+    def _count(self, text: str) -> int:
+        return len(self._backend.encode(text, add_special_tokens=False).ids)
+
     def _hash(self) -> str:
         canonical = {
             "model": "WordPiece",
@@ -252,6 +261,17 @@ class Tokenizer:
         }
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in parts that end where a word surely does; none where there is but one."""
+    start, size = 0, _FIRST_PART
+    while start < len(text):
+        boundary = _BOUNDARY.search(text, start + size)
+        end = boundary.end() if boundary else len(text)
+        if end - start < len(text):
+            yield text[start:end]
+        start, size = end, min(2 * size, _QUICK_CHARS)
 
 
 def _unicode(text: str, name: str) -> str:
@@ -287,8 +307,12 @@ def _checked_vocabulary(vocabulary: tuple[str, ...]) -> dict[str, int]:
     return ids
 
 
-def _torn(token: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in token)
+def _torn(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _backend(

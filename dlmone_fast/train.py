@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -21,6 +22,7 @@ from dlmone_fast.config import (
     to_dict,
     unchecked,
 )
+from dlmone_fast.errors import UsageError
 
 PROG = "python -m dlmone_fast.train"
 
@@ -35,7 +37,7 @@ class Arguments:
     """Which phase to run; all skips the ones that are finished. pairs (the teacher's paired
     endpoints) exists where distill.pairs.count is set."""
     teacher_folder: Annotated[str, tyro.conf.arg(name="teacher")] = ""
-    """Model folder of a teacher to distil, instead of training one."""
+    """Model folder of a teacher to distil, instead of training one; name its preset or config."""
     resume: str = "auto"
     """auto: continue from the newest intact checkpoint; never: start over; or a checkpoint."""
     dry_run: bool = False
@@ -46,10 +48,13 @@ class Arguments:
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
     started = time.monotonic()
-    arguments = _arguments(sys.argv[1:] if args is None else args)
+    args = sys.argv[1:] if args is None else args
+    arguments = _arguments(args)
     config = from_dict(to_dict(arguments.settings))
     teacher = arguments.teacher_folder
     if teacher:
+        if not (_value(args, "--preset") or _value(args, "--config")):
+            _check_teacher_speaks(config, teacher)
         _say_whose_sizes(config, teacher)
     if arguments.dry_run:
         print(_plan(config, teacher))
@@ -89,6 +94,24 @@ def _plan(config: Config, teacher: str) -> str:
 
         config = with_teacher(config, load_folder(teacher))
     return describe(config)
+
+
+def _check_teacher_speaks(config: Config, teacher: str) -> None:
+    """Refuse to distil a teacher of other text on the grammar that nobody named."""
+    from dlmone_fast.models.folder import TOKENIZER_NAME
+    from dlmone_fast.tasks.grammar import vocabulary
+    from dlmone_fast.tokenizer import Tokenizer
+
+    file = Path(teacher, TOKENIZER_NAME)
+    # What is missing is told where the folder is read.
+    if not config.is_grammar or not file.is_file():
+        return
+    if Tokenizer.from_file(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
+        raise UsageError(
+            f"--teacher {teacher}: has another vocabulary than the preset grammar, which a run "
+            "without --preset and --config distils on; name the teacher's own, such as --preset "
+            "qqp with --data-dir, or --preset grammar if that is meant"
+        )
 
 
 def _say_whose_sizes(config: Config, teacher: str) -> None:

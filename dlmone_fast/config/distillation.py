@@ -141,6 +141,12 @@ class PairsConfig(Section):
         within(self, 1, 1 << 20, "per_source", "batch_size")
         one_of(self, ("ddim", "dpm-solver++", "q-sampling"), "sampler")
         within(self, 1, 100_000, "steps")
+        if self.sampler == "q-sampling" and self.steps > 256:
+            # Each call draws noise, whose number has eight bits for the call.
+            raise ConfigError(
+                f"steps must be at most 256 with the sampler q-sampling, got {self.steps}; make "
+                "fewer, or use ddim or dpm-solver++"
+            )
         within(self, 0, 10, "temperature")
         within(self, 1, 10_000_000, "save_every")
 

@@ -14,6 +14,7 @@ from dlmone_fast.config.room import SEPARATORS
 from dlmone_fast.data.cache import TokenCache
 from dlmone_fast.data.layouts import check_seq_len, layout_source, source_limit
 from dlmone_fast.errors import UsageError
+from dlmone_fast.kernels.draws import LIMIT
 from dlmone_fast.kernels.noise import Stream, permutation
 from dlmone_fast.tokenizer import Tokenizer
 
@@ -150,7 +151,8 @@ class BatchStream:
 
     def _order(self, epoch: int) -> IntArray:
         if self._cached_order is None or self._cached_order[0] != epoch:
-            order = epoch_order(self.seed, epoch, self.rows, self.stream)
+            # One counter word names the epoch. Beyond it orders come again.
+            order = epoch_order(self.seed, epoch % LIMIT, self.rows, self.stream)
             self._cached_order = (epoch, order.numpy())
         return self._cached_order[1]
 

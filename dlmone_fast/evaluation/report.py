@@ -124,8 +124,9 @@ def _run_notes(run: Mapping[str, Any]) -> list[str]:
     steps = f"{run['steps']} steps" if run["steps"] else "the model's default steps"
     sampler = f", sampler {run['sampler']}" if run["sampler"] else ""
     cut = _count(run["truncated"], "source")
+    on = f" on {run['device']} in {run['precision']} ({run['backend']})" if "device" in run else ""
     return [
-        f"Generated with {steps}{sampler}: {run['seconds']:.2f} s, "
+        f"Generated{on} with {steps}{sampler}: {run['seconds']:.2f} s, "
         f"{run['seconds_per_text']:.2e} s per text; {cut} truncated."
     ]
 

@@ -73,7 +73,7 @@ def evaluate_model(
     Returns:
         The dictionary of `score_generations`, with `baselines` (`copy` and `reference`: the same
         scores of the source and of the reference as output) and `run` (settings, row count,
-        truncated sources, seconds).
+        truncated sources, seconds; device, precision and backend of a model that tells them).
 
     Raises:
         UsageError: an argument out of range; DataError: rows that cannot be read.
@@ -120,7 +120,7 @@ def evaluate_model(
     options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
     settings = {
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
-        "temperature": temperature,
+        "temperature": temperature, **_how_it_runs(model),
     }  # fmt: skip
     return _scored(sources, references, candidates, options, {**settings, **_cost(batch)})
 
@@ -208,6 +208,12 @@ def _rows(
     if not chosen:
         raise UsageError("rows: expected at least 1 row, got 0.")
     return chosen
+
+
+def _how_it_runs(model: CandidateModel) -> dict[str, str]:
+    """Device, precision and backend, which a timing means nothing without, where it tells them."""
+    names = ("device", "precision", "backend")
+    return {name: str(getattr(model, name)) for name in names if hasattr(model, name)}
 
 
 def _cost(batch: CandidateBatch) -> dict[str, float | int]:

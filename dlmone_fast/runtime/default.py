@@ -16,7 +16,6 @@ from dlmone_fast.runtime.loading import load_model
 from dlmone_fast.runtime.pool import MAX_QUEUED
 
 ENVIRONMENT_VARIABLE = "DLMONE_FAST_MODEL"
-_PACKAGED = Path(__file__).parents[1] / "assets"
 
 _MOST_KEPT = 8
 """Models named by their folders that `generate` keeps; the one that was used longest ago goes."""
@@ -39,7 +38,7 @@ def load(
     """Load a model and make it the one that `generate` uses when it is given no model.
 
     Args:
-        path_or_name: a model folder, or the name of a packaged model.
+        path_or_name: a model folder.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
         backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).
@@ -52,7 +51,7 @@ def load(
         BackendUnavailableError: the backend asked for cannot run this model here.
     """
     generator = load_model(
-        _locate(path_or_name),
+        path_or_name,
         device,
         dtype,
         backend=backend,
@@ -74,8 +73,8 @@ def generate(
 
     Args:
         batch: one source text (gives a str), or a list of them (gives a list in order).
-        model: a `Generator`, a model folder or a packaged model's name. None: the last `load`,
-            else the folder in DLMONE_FAST_MODEL, else the packaged model.
+        model: a `Generator` or a model folder. None: the last `load`, else the folder in
+            DLMONE_FAST_MODEL.
         call: `steps`, `num_candidates`, `select`, `seed`, `batch_size`, `sampler`,
             `eta`, `temperature`, `on_overflow`, `batch_invariant`, `return_dict`, `progress`: see
             `Generator.generate`.
@@ -103,10 +102,7 @@ def unload() -> None:
 def default_folder() -> Path | None:
     """The model folder that `generate` uses when none is named or loaded."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
-        return _locate(named)
-    packaged = sorted(folder.parent for folder in _PACKAGED.glob("*/manifest.json"))
-    return packaged[0] if packaged else None
+    return Path(named) if named else None
 
 
 def from_pretrained(
@@ -119,8 +115,7 @@ def from_pretrained(
     """`load` under the name that users of model hubs expect.
 
     Args:
-        path_or_name: a model folder, a packaged model's name, or with `download` a hub id
-            (owner/name).
+        path_or_name: a model folder, or with `download` a hub id (owner/name).
         revision: branch, tag or commit of the hub repository.
         download: fetch a hub id; without it nothing touches the network.
         options: `device`, `dtype`, `backend` and the others of `load`.
@@ -142,7 +137,7 @@ def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
     if isinstance(model, Generator):
         return model
     if model is not None:
-        return _cached(_locate(model))
+        return _cached(Path(model))
     with _lock:
         # One that was unloaded is not a model any more.
         _last[:] = [generator for generator in _last if not generator.unloaded]
@@ -156,12 +151,6 @@ def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
         f"{ENVIRONMENT_VARIABLE}; to train one in minutes: "
         "python -m dlmone_fast.train --preset grammar"
     )
-
-
-def _locate(path_or_name: str | os.PathLike[str]) -> Path:
-    packaged = _PACKAGED / os.fspath(path_or_name)
-    is_name = os.sep not in os.fspath(path_or_name) and not Path(path_or_name).exists()
-    return packaged if is_name and packaged.is_dir() else Path(path_or_name)
 
 
 def _cached(path: Path) -> Generator:

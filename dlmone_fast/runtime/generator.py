@@ -25,7 +25,7 @@ from dlmone_fast.runtime.calibration import network_inputs
 from dlmone_fast.runtime.engines import EngineRequest, make_engine
 from dlmone_fast.runtime.executor import Executor
 from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
-from dlmone_fast.runtime.pool import MAX_QUEUED
+from dlmone_fast.runtime.pool import MAX_QUEUED, unloaded_error
 from dlmone_fast.runtime.rows import Rows
 from dlmone_fast.runtime.streaming import in_windows, with_progress
 from dlmone_fast.tokenizer import Tokenizer
@@ -35,7 +35,6 @@ class Generator:
     """A student or teacher that turns source texts into target texts.
 
     Attributes:
-        denoiser: the networks.
         tokenizer: text ↔ ids; None for an import without a vocabulary.
         settings: the model's own defaults.
         folder: the model folder it came from; None: built in memory.
@@ -62,7 +61,7 @@ class Generator:
         calibration: Sequence[str] | None = None,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        self.denoiser = denoiser
+        self._denoiser: Denoiser | None = denoiser
         self.folder = folder
         self.settings = settings
         self._tokenizer = tokenizer
@@ -79,6 +78,18 @@ class Generator:
         """The task that the model was trained on, where its folder says so."""
         source = self.folder.config.get("source") if self.folder else None
         return str(source.get("task", "")) if isinstance(source, dict) else ""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The networks.
+
+        Raises:
+            ModelNotLoadedError: it was unloaded.
+        """
+        denoiser = self._denoiser
+        if denoiser is None:
+            raise unloaded_error()
+        return denoiser
 
     @property
     def backend(self) -> str:
@@ -119,8 +130,10 @@ class Generator:
 
     def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
         """Ids of a pair, cut together as DiffuSeq cuts its rows: each from [CLS] to [SEP]."""
+        self._executor.pool.check_open()
+        sizes = self.denoiser.config
         src, trg = self.tokenizer.encode([source, target])
-        sizes, lengths = self.denoiser.config, (len(src) - 1, len(trg) - 1)
+        lengths = len(src) - 1, len(trg) - 1
         src_kept, trg_kept = kept_lengths(*lengths, sizes.seq_len, sizes.source_positions)
         return [*src[:src_kept], src[-1]], [*trg[:trg_kept], trg[-1]]
 
@@ -253,7 +266,9 @@ class Generator:
         Raises:
             UsageError: an argument is out of its bounds.
             PromptError: when a bad prompt's window is reached; it names the prompt's place.
+            ModelNotLoadedError: the model was unloaded.
         """
+        self._executor.pool.check_open()
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
         if seed is not None:
             options.whole_number("seed", seed, 0, options.MAX_SEED)
@@ -269,9 +284,13 @@ class Generator:
 
         Raises:
             PromptError: it is not a str, not Unicode, or too long.
+            ModelNotLoadedError: the model was unloaded.
         """
-        encoded = self.tokenizer.encode(options.prompts_of([prompt]))
-        self._rows(encoded, self.settings.max_source_tokens, [0], 1, on_overflow)
+        self._executor.pool.check_open()
+        prompts, limit = options.prompts_of([prompt]), self.settings.max_source_tokens
+        if on_overflow == "error":
+            options.refuse_longest(prompts, self.tokenizer, limit)
+        self._rows(self.tokenizer.encode(prompts), limit, [0], 1, on_overflow)
 
     def warmup(
         self, batch_sizes: Sequence[int] = (1,), lengths: Sequence[int] | None = None
@@ -284,7 +303,9 @@ class Generator:
 
         Raises:
             UsageError: a length that the model never runs at.
+            ModelNotLoadedError: the model was unloaded.
         """
+        self._executor.pool.check_open()
         only = self.denoiser.config.seq_len
         if lengths is not None and set(lengths) != {only}:
             raise UsageError(
@@ -305,7 +326,7 @@ class Generator:
     def unload(self) -> None:
         """Wait for calls under way, refuse later ones, and give the model's memory back."""
         self._executor.close()
-        self.__dict__.pop("denoiser", None)
+        self._denoiser = None
 
     def _encoded(self, texts: Sequence[str]) -> Rows:
         rows, _ = self._rows(

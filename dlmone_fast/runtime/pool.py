@@ -13,6 +13,11 @@ from dlmone_fast.runtime.engines import Engine, Runner
 MAX_QUEUED = 256
 
 
+def unloaded_error() -> ModelNotLoadedError:
+    """What a model says that was unloaded."""
+    return ModelNotLoadedError("this model was unloaded; load it again: dlmone_fast.load")
+
+
 class RunnerPool:
     """An engine's runners, made when they are first needed.
 
@@ -46,7 +51,7 @@ class RunnerPool:
         """
         self._check_process()
         with self._changed:
-            self._check_open()
+            self.check_open()
             if self._calls >= self.engine.runners + self.max_queued:
                 raise QueueFullError(
                     f"{self.max_queued} calls wait for this model already; try again later, or "
@@ -76,6 +81,11 @@ class RunnerPool:
         """Whether calls are refused for good."""
         return self._closed
 
+    def check_open(self) -> None:
+        """Raise ModelNotLoadedError once calls are refused for good."""
+        if self._closed:
+            raise unloaded_error()
+
     def close(self) -> None:
         """Refuse new calls, wait for those under way, and give the engine's memory back.
 
@@ -104,10 +114,6 @@ class RunnerPool:
                 self._made -= 1
                 self._changed.notify_all()
             raise
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ModelNotLoadedError("this model was unloaded; load it again: dlmone_fast.load")
 
     def _check_process(self) -> None:
         # Before any lock: a lock that was held while the process forked is never released here.

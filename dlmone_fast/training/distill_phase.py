@@ -149,6 +149,7 @@ class DistillPhase:
         return tensors, state | stage.guard.state()
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.check_step(self.steps)
         stage = self.stage
         networks: dict[str, tuple[nn.Module, Optimizer]] = {
             "generator": (stage.generator, stage.generator_optimizer),

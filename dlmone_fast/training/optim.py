@@ -88,7 +88,7 @@ class UpdateGuard:
     ) -> float | None:
         """One optimiser step; the gradient norm before clipping, or None for a skipped step."""
         parameters = list(_parameters(optimizer))
-        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        norm = _gradient_norm(parameters)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         if self.watched:
             finite &= torch.isfinite(torch.nn.utils.get_total_norm(self.watched)).to(finite.device)
@@ -96,10 +96,7 @@ class UpdateGuard:
             optimizer.zero_grad(set_to_none=True)
             self._count(what)
             return None
-        if clip_value:
-            torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach=True)
-        if clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+        _clip(parameters, norm, clip_norm, clip_value)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.in_a_row[what] = 0
@@ -121,6 +118,21 @@ class UpdateGuard:
             raise DivergedError(
                 f"{what}: loss, gradient or weights were not finite {self.limit} steps in a row"
             )
+
+
+def _gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+
+
+def _clip(
+    parameters: list[nn.Parameter], norm: Tensor, clip_norm: float, clip_value: float
+) -> None:
+    if clip_value:
+        torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach=True)
+    if clip_norm:
+        # By value first: what is left has a smaller norm.
+        norm = _gradient_norm(parameters) if clip_value else norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

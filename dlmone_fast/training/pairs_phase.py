@@ -198,6 +198,7 @@ def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
             "--resume never"
         )
     c, sizes = config.distill.pairs, config.model
+    checkpoint.check_step(c.updates)
     made = min(checkpoint.step * c.batch_size, c.count)
     tensors = checkpoint.group(
         "pairs",

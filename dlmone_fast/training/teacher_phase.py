@@ -19,9 +19,10 @@ from dlmone_fast.diffusion import (
     UniformTimesteps,
     critical_log_snr,
 )
+from dlmone_fast.errors import CheckpointError
 from dlmone_fast.kernels.noise import Stream, random_bits
 from dlmone_fast.losses.teacher import teacher_loss
-from dlmone_fast.models.checkpoint import Checkpoint
+from dlmone_fast.models.checkpoint import MAX_STEP, STATE_NAME, Checkpoint, is_count
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.optimizer_state import flatten_optimizer, restore_optimizer
 from dlmone_fast.networks import DiffusionLM
@@ -156,6 +157,7 @@ class TeacherPhase:
         return tensors, {"optimizer": optimizer, **self.guard.state()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.check_step(self.steps)
         weights = checkpoint.group("model", self.lm.state_dict())
         average = checkpoint.group("ema", self.ema.values)
         timesteps = checkpoint.group("timesteps", self.timesteps.state())
@@ -177,7 +179,14 @@ class TeacherPhase:
 def guard_counts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `UpdateGuard.restore` reads, checked."""
     in_a_row = checkpoint.value("bad_in_a_row", dict, default={})
-    return {"skipped": checkpoint.value("skipped", int), "bad_in_a_row": in_a_row}
+    skipped = checkpoint.value("skipped", int)
+    for name, counts in {"skipped": [skipped], "bad_in_a_row": in_a_row.values()}.items():
+        if not all(map(is_count, counts)):
+            raise CheckpointError(
+                f"{checkpoint.path / STATE_NAME}: {name} must be whole numbers between 0 and "
+                f"{MAX_STEP}, got {checkpoint.state[name]!r:.80}; resume from another checkpoint"
+            )
+    return {"skipped": skipped, "bad_in_a_row": in_a_row}
 
 
 def new_network(workspace: Workspace) -> DiffusionLM:

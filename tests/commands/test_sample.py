@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from installed import skip_without
 
 from dlmone_fast import sample
 from dlmone_fast.errors import DataError, ModelFileError, UsageError
@@ -137,3 +139,48 @@ def test_refusals(
 def test_a_missing_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ModelFileError, match="no such folder"):
         run(monkeypatch, [tmp_path / "none"], "ba\n")
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.jsonl.gz", "prompts"])
+def test_calibration_files_are_read_as_sources_are(tmp_path: Path, name: str):
+    file, prompts = tmp_path / name, tiny.prompts(4)
+    lines = [json.dumps({"src": text}) if "jsonl" in name else text for text in prompts]
+    content = "\n".join([*lines[:2], *([] if "jsonl" in name else [""]), *lines[2:]]).encode()
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert sample.calibration_prompts(str(file), "int8") == prompts
+    assert sample.calibration_prompts(None, "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"", "expected prompts"),
+        (b"\n \n", "expected prompts"),
+        (b"ba\n\xff", "line 2: not UTF-8"),
+    ],
+)
+def test_calibration_files_that_give_no_prompts(
+    tmp_path: Path, content: bytes | None, message: str
+):
+    file = tmp_path / "prompts"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        sample.calibration_prompts(str(file), "int8")
+
+
+def test_int8_needs_calibration_and_nothing_else_does(model: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UsageError, match=r"--dtype int8: .*add --calibration FILE"):
+        run(monkeypatch, [model, "--dtype", "int8"], "ba")
+    with pytest.raises(UsageError, match=r"--calibration: belongs to --dtype int8, got auto"):
+        run(monkeypatch, [model, "--calibration", "prompts"], "ba")
+
+
+def test_int8_generates(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    skip_without("openvino")
+    skip_without("nncf")
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(tiny.prompts(20)), encoding="utf-8")
+    options = ["--device", "cpu", "--dtype", "int8", "--calibration", file]
+    assert len(run(monkeypatch, [model, *options], "ba\nce ba")) == 2

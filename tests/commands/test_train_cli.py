@@ -17,9 +17,11 @@ from dlmone_fast import train
 from dlmone_fast.cli import field_docs
 from dlmone_fast.config import DiffusionConfig, TeacherConfig, resolve, schema
 from dlmone_fast.diffusion import Schedule
-from dlmone_fast.errors import ConfigError, DlmOneError
+from dlmone_fast.errors import ConfigError, DlmOneError, UsageError
 from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.networks import Backbone, DiffusionLM
+from dlmone_fast.tasks.grammar_rules import vocabulary
+from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training import plan
 
 
@@ -68,6 +70,38 @@ def test_a_given_teachers_sizes_are_planned_with(
     printed = capsys.readouterr()
     assert "2 layers of width 32" in printed.out
     assert "its own model and diffusion are used" in printed.err
+
+
+def test_a_teacher_of_other_text_needs_a_preset_or_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    teacher = tiny.save(tmp_path / "teacher", "teacher")
+    file = tmp_path / "run.toml"
+    file.write_text("[distill]\nt_init = 30\nt_min = 1\nt_max = 30\n")
+    steps = ["--distill.t-init", "30", "--distill.t-min", "1", "--distill.t-max", "30"]
+    steps += ["--evaluation.teacher-steps", "20 5", "--dry-run"]
+    command = ["--teacher", str(teacher), *steps]
+    with pytest.raises(UsageError, match=r"--teacher .*another vocabulary.*--preset") as caught:
+        train.main(command)
+    assert caught.value.exit_code == 2
+    assert str(teacher) in str(caught.value)
+    assert capsys.readouterr().out == ""
+    for named in (["--preset", "grammar"], ["--preset=qqp"], ["--config", str(file)]):
+        train.main([*named, *command])
+    train.main([*command, "--data.task", "qqp", "--distill.selection-metric", "bleu"])
+    assert capsys.readouterr().out.count("teacher φ") == 4
+
+
+def test_a_grammars_own_teacher_needs_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    teacher = tiny.save(tmp_path / "teacher", "teacher")
+    Tokenizer.from_words(vocabulary()).save(teacher / "tokenizer.json")
+    monkeypatch.setattr(train, "_plan", lambda config, teacher: f"planned {config.preset}")
+    train.main(["--teacher", str(teacher), "--dry-run"])
+    # What is missing is told where the folder is read.
+    train.main(["--teacher", str(tmp_path / "none"), "--dry-run"])
+    assert capsys.readouterr().out == "planned grammar\n" * 2
 
 
 def test_parameters_and_the_vocabulary_that_is_known():

@@ -187,3 +187,13 @@ def test_layout_cache_and_grammar_need_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )
+
+
+def test_a_far_step_of_a_short_stream_has_an_order() -> None:
+    """Of which a batch holds several epochs, beyond what one counter word numbers."""
+    stream = BatchStream(range(3), 5, 8)
+    step = 1 << 31
+    epoch, start = divmod(8 * step, 3)
+    assert epoch > 1 << 32
+    orders = torch.cat([epoch_order(5, (epoch + i) % (1 << 32), 3) for i in range(4)])
+    assert stream.batch_rows(step).tolist() == orders[start : start + 8].tolist()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from dlmone_fast.cli import run_command
 from dlmone_fast.errors import DataError, ModelFileError, UsageError
@@ -72,6 +73,8 @@ def test_tables_are_printed_without_json(
         (["model", "--data-dir", "d", "--mbr"], "--mbr: needs .* --num-candidates"),
         (["model", "--data-dir", "d", "--device", "abacus"], "device must be"),
         (["model", "--data-dir", "d", "--dtype", "fp64"], "dtype must be"),
+        (["model", "--data-dir", "d", "--dtype", "int8"], "--dtype int8: .*--calibration FILE"),
+        (["model", "--data-dir", "d", "--calibration", "f"], "--calibration: belongs to"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str) -> None:
@@ -191,3 +194,15 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(timeout=30) == 141
+
+
+def test_the_backend_is_chosen_and_told(tmp_path: Path) -> None:
+    model, output = tiny.save(tmp_path / "model"), tmp_path / "scores.json"
+    rows = [{"src": text, "trg": text} for text in tiny.prompts(3)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    command = [str(model), "--data-dir", str(tmp_path), "--bootstrap", "0", "--device", "cpu"]
+    assert main([*command, "--backend", "eager", "--output", str(output)]) == 0
+    run = json.loads(output.read_text())["run"]
+    assert (run["device"], run["precision"], run["backend"]) == ("cpu", "fp32", "eager")
+    with pytest.raises(UsageError, match="backend must be one of"):
+        main([*command, "--backend", "abacus"])

@@ -11,6 +11,7 @@ from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation import run as evaluation
 from dlmone_fast.evaluation.generations import read_generations
 from dlmone_fast.evaluation.protocol import CandidateBatch
+from dlmone_fast.evaluation.report import format_report
 from dlmone_fast.evaluation.run import evaluate_generations, evaluate_model
 from dlmone_fast.evaluation.seeds import row_seeds
 from dlmone_fast.runtime import options as runtime
@@ -156,3 +157,14 @@ def test_joint_truncation_cuts_sources_and_references_together() -> None:
     evaluate_model(model, rows=ROWS, joint_truncation=True, bootstrap=0)
     assert model.calls[0]["encoded"] == [[1, len(row.src), 2] for row in ROWS]
     assert model.calls[0]["decode"] == "diffuseq"
+
+
+def test_the_run_says_what_it_ran_on() -> None:
+    model = EchoModel()
+    assert not {"device", "precision", "backend"} & evaluate_model(model, rows=ROWS)["run"].keys()
+    model.device, model.precision, model.backend = "cpu", "fp32", "eager"  # type: ignore[attr-defined]
+    result = evaluate_model(model, rows=ROWS, bootstrap=0)
+    run = result["run"]
+    assert (run["device"], run["precision"], run["backend"]) == ("cpu", "fp32", "eager")
+    report = format_report(result, name="echo")
+    assert "Generated on cpu in fp32 (eager) with the model's default steps: 3.00 s" in report

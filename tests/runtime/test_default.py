@@ -13,15 +13,14 @@ from dlmone_fast.runtime import default
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    names = ("named", "loaded", "environment", "packaged")
+    names = ("named", "loaded", "environment")
     return {name: tiny.save(root / name, seed=i) for i, name in enumerate(names)}
 
 
 @pytest.fixture(autouse=True)
-def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default, "_last", [])
     monkeypatch.setattr(default, "_loaded", {})
-    monkeypatch.setattr(default, "_PACKAGED", tmp_path / "assets")
     monkeypatch.delenv(default.ENVIRONMENT_VARIABLE, raising=False)
 
 
@@ -36,14 +35,9 @@ def test_without_any_model_the_error_names_every_way_out():
         dlmone_fast.generate("ba")
 
 
-def test_order_of_resolution(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_order_of_resolution(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     texts = {name: text_of(folder) for name, folder in folders.items()}
-    assert len(set(texts.values())) == 4, "the models must differ to tell which one answered"
-    (tmp_path / "assets").mkdir()
-    (tmp_path / "assets" / "own").symlink_to(folders["packaged"])
-    assert dlmone_fast.generate("ba ce") == texts["packaged"]
+    assert len(set(texts.values())) == 3, "the models must differ to tell which one answered"
     monkeypatch.setenv(default.ENVIRONMENT_VARIABLE, str(folders["environment"]))
     assert dlmone_fast.generate("ba ce") == texts["environment"]
     dlmone_fast.load(folders["loaded"])
@@ -51,7 +45,8 @@ def test_order_of_resolution(
     assert dlmone_fast.generate("ba ce", model=folders["named"]) == texts["named"]
     generator = default.load_model(folders["environment"])
     assert dlmone_fast.generate("ba ce", model=generator) == texts["environment"]
-    assert dlmone_fast.generate("ba ce", model="own") == texts["packaged"]
+    monkeypatch.chdir(folders["named"].parent)
+    assert dlmone_fast.generate("ba ce", model="named") == texts["named"]
 
 
 def test_a_folder_is_loaded_once_and_again_when_it_changed(tmp_path: Path):

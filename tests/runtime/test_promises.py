@@ -118,6 +118,44 @@ def test_unloading_gives_the_weights_back(tmp_path, monkeypatch, backend):  # ty
         dlmone_fast.generate("ba")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.generate("ba"),
+        lambda model: model.generate(["ba", 3]),
+        lambda model: model.generate_iter(["ba"]),
+        lambda model: model.generate_candidates(["ba"], seeds=[0]),
+        lambda model: model.check_prompt("ba"),
+        lambda model: model.check_prompt("ba " * 100, "truncate"),
+        lambda model: model.encode_jointly("ba", "ce"),
+        lambda model: model.warmup(),
+        lambda model: model.warmup((2,), [3]),
+        lambda model: model.denoiser,
+    ],
+)
+def test_an_unloaded_model_says_so(call):  # type: ignore[no-untyped-def]
+    generator = tiny.generator()
+    begun = generator.generate_iter(["ba"] * 2000, batch_size=1)
+    next(begun)
+    generator.unload()
+    with pytest.raises(ModelNotLoadedError, match="unloaded"):
+        call(generator)
+    with pytest.raises(ModelNotLoadedError, match="unloaded"):
+        list(begun)
+
+
+def test_what_an_unloaded_model_needs_no_network_for_still_works(tmp_path):  # type: ignore[no-untyped-def]
+    generator = default.load_model(tiny.save(tmp_path / "model"))
+    ids = generator.tokenizer.encode(["ba ce"])[0]
+    expected = (generator.backend, generator.precision, generator.device, generator.task)
+    generator.unload()
+    generator.unload()
+    assert generator.unloaded
+    assert (generator.backend, generator.precision, generator.device, generator.task) == expected
+    assert generator.normalize_text("BA ce") == generator.decode_text(ids) == "ba ce"
+    assert generator.save_pretrained(tmp_path / "copy").is_dir()
+
+
 def test_calls_on_one_model_do_not_wait_for_another_to_load(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(default, "_loaded", {})
     monkeypatch.setattr(default, "_last", [])

@@ -141,3 +141,16 @@ def test_gradients_are_clipped_by_value_and_by_norm_and_the_raw_norm_is_told() -
         )
         assert norm == pytest.approx(6.0)
         torch.testing.assert_close(before - module.weight, torch.full((1, 3), expected))
+
+
+def test_what_both_clips_leave_has_the_largest_norm() -> None:
+    module, _ = module_and_optimizer()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    before = module.weight.detach().clone()
+    norm = step_with(UpdateGuard(1), module, optimizer, 3.0, clip_norm=1.0, clip_value=0.75)
+    # Four entries of 0.75 have the norm 1.5: two thirds of them are left.
+    assert norm == pytest.approx(6.0)
+    torch.testing.assert_close(before - module.weight, torch.full((1, 3), 0.5))
+    before = module.weight.detach().clone()
+    step_with(UpdateGuard(1), module, optimizer, 3.0, clip_norm=2.0, clip_value=0.75)
+    torch.testing.assert_close(before - module.weight, torch.full((1, 3), 0.75))

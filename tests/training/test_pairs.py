@@ -266,3 +266,19 @@ def test_phases_that_need_pairs_say_so(
     assert not workspace.finished("pairs")
     with pytest.raises(UsageError, match="run --phase pairs first"):
         run(workspace.config, "stage1", teacher=teacher)
+
+
+def test_every_noise_of_the_most_calls_that_a_configuration_allows_exists(
+    tiny: Make, tmp_path: Path
+) -> None:
+    many = {**PAIRS, "sampler": "q-sampling", "steps": 256}
+    assert tiny(tmp_path, distill={"pairs": many}).distill.pairs.steps == 256
+    assert tiny(tmp_path, distill={"pairs": {**many, "sampler": "ddim", "steps": 257}})
+    with pytest.raises(
+        ConfigError, match=r"distill\.pairs\.steps must be at most 256 .*q-sampling"
+    ):
+        tiny(tmp_path, distill={"pairs": {**many, "steps": 257}})
+    last = torch.tensor([(1 << 24) - 1], dtype=torch.int32)
+    pairs = Pairs(0, torch.zeros_like(last), last, torch.zeros(1, 2, dtype=torch.uint16))
+    # The first call starts from noise as well: the last one is call 255.
+    assert pairs.latents(slice(0, 1), 4, torch.device("cpu"), call=255).shape == (1, 2, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -373,3 +374,17 @@ def test_gradient_norms_count_target_positions_of_each_term() -> None:
     found = gradient_norms(terms, x, mask)
     # Rows have 8 and 4 target entries of gradient 3; a term without gradient is left out.
     assert found == {"sid_gradient_at_x": pytest.approx(1.5 * (8**0.5 + 4**0.5))}
+
+
+def test_a_stage_learns_from_fewer_rows_than_half_a_batch(
+    tiny: Make, finished: RunResult, tmp_path: Path
+) -> None:
+    sizes = {"batch_size": 256, "micro_batch_size": 256}
+    config = tiny(tmp_path / "run", data={"train_rows": 100}, distill={"stage1": sizes})
+    result = run(config, "stage1", teacher=finished.root / "teacher")
+    assert len(result.workspace.cache("train")) == 100
+    assert result.student is not None
+    lines = (result.root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lags = [record["fake_net_lag"] for record in map(json.loads, lines) if "fake_net_lag" in record]
+    assert lags
+    assert all(math.isfinite(lag) for lag in lags)
