@@ -19,7 +19,7 @@ from dlmone_fast.cli import (
     run_command,
 )
 from dlmone_fast.errors import UsageError
-from dlmone_fast.sample import calibration_prompts
+from dlmone_fast.sources import calibration_prompts
 
 if TYPE_CHECKING:
     from dlmone_fast.evaluation.run import ExactMetrics
