@@ -30,6 +30,8 @@ test: $(READY)  ## run the tests, 8 minutes on 2 cores
 # The table is for a failed campaign too, and its command says how the campaign ended.
 reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; writes docs/reliability.md
 	-$(PY) -m pip install --disable-pip-version-check -q -e ".[fuzz]"
+	-.ci/sanitize $(PY)
+	rm -f build/reliability.json
 	-$(PY) -m pytest tests/reliability -q --campaign --figures build/reliability.json
 	$(PY) -m benchmarks.reliability build/reliability.json
 

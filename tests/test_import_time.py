@@ -15,9 +15,11 @@ PACKAGE = Path(dlmone_fast.__file__).parent
 HEAVY = ("torch", "numpy", "triton", "tokenizers", "safetensors", "sacrebleu")
 COMMANDS = [
     name
-    for name in ("train", "evaluate", "sample", "serve", "import_diffuseq", "doctor")
+    for name in (
+        "train", "evaluate", "sample", "serve", "generate_bulk", "import_diffuseq", "doctor",
+    )
     if (PACKAGE / f"{name}.py").exists()
-]
+]  # fmt: skip
 
 
 def heavy_modules_after(statement: str) -> str:

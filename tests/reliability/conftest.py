@@ -13,7 +13,7 @@ from trainings import TrainingServer, build_faults, everything_on, write_config
 
 from benchmarks.records import environment
 
-_FIGURES = pytest.StashKey[list[dict[str, str]]]()
+_FIGURES = pytest.StashKey[list[dict[str, str | bool]]]()
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +24,13 @@ def figure(request: pytest.FixtureRequest) -> Figure:
     """
     found = request.config.stash.setdefault(_FIGURES, [])
 
-    def take(number: str, subject: str, target: str, measured: str) -> None:
-        row = {"number": number, "subject": subject, "target": target, "measured": measured}
-        found.append(row)
+    def take(
+        number: str, subject: str, target: str, measured: str, *, in_part: bool = False
+    ) -> None:
+        found.append({
+            "number": number, "subject": subject, "target": target, "measured": measured,
+            "in_part": in_part,
+        })  # fmt: skip
 
     return take
 

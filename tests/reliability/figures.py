@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-Figure = Callable[[str, str, str, str], None]
-"""Takes number, subject, target and what was measured."""
+
+class Figure(Protocol):
+    """Takes number, subject, target and what was measured."""
+
+    def __call__(
+        self, number: str, subject: str, target: str, measured: str, *, in_part: bool = False
+    ) -> None:
+        """`in_part`: what the number asks for is still to be measured elsewhere, as on a GPU."""

@@ -74,11 +74,19 @@ def special(source: Random) -> Any:
     return "".join(source.choices(parts, k=source.randint(1, 60)))
 
 
+# Punctuation, letters and ideographs of many scripts, of all planes.
+_UNITS = (
+    "ba ", "x", "。", "中", ".", "a.", "[SEP]", "😀 ", "да ", "\x00", "\ud800",
+    "\u061f", "\u0627\u060c", "\u0964", "\u0915\u0964", "\u05be", "\u05d0\u05c3", "\u05d0 ",
+    "\u0e01", "\u104a", "\u1362", "\u00bf", "\u2e2e", "\uff61", "\u3131", "\u0301",
+    "\U00020000", "\U0002a700", "\U00030000", "\U0002f800", "\U00010100", "\U000102e1 ",
+    "\U0001e900",
+)  # fmt: skip
+
+
 def long(source: Random) -> Any:
     """Around the limit of characters, and far above it."""
-    unit = source.choice(
-        ["ba ", "x", "。", "中", ".", "a.", "[SEP]", "😀 ", "да ", "\x00", "\ud800"]
-    )
+    unit = source.choice(_UNITS)
     size = source.choice([MOST_CHARS - 1, MOST_CHARS, MOST_CHARS + 1, 10**5, 10**6, 10**7])
     return (unit * (size // len(unit) + 1))[:size]
 
@@ -135,6 +143,13 @@ def recursive(source: Random) -> Any:
     return value
 
 
+def last_of_many(source: Random) -> Any:
+    """Prompts that are all right, and one at the end that has too many tokens."""
+    unit = source.choice([unit for unit in _UNITS if unit != "\ud800"])
+    good = tiny.prompts(source.choice([1, 40, 400]))
+    return [*good, unit * (source.choice([2_000, MOST_CHARS]) // len(unit))]
+
+
 def many(source: Random) -> Any:
     """More prompts than there may be, or some hundreds of which one cannot be read."""
     if source.random() < 0.5:
@@ -145,5 +160,5 @@ def many(source: Random) -> Any:
 
 FAMILIES: tuple[Callable[[Random], Any], ...] = (
     blank, control, surrogates, invisible, combining, wide, anything, special, long, markup,
-    no_text, text_of_another_kind, nested, deep, recursive, many,
+    no_text, text_of_another_kind, nested, deep, recursive, last_of_many, many,
 )  # fmt: skip

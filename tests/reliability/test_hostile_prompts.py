@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any
 
 import pytest
 import tiny
+from figures import Figure
 from hostile import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,42 +50,53 @@ def outcome(generator: Generator, batch: Any, **call: Any) -> str:
     return "text"
 
 
-def seconds_to_refuse(generator: Generator, batch: Any) -> float:
-    """The best of three, as another process may hold the processor meanwhile."""
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        with pytest.raises(PromptError):
-            generator.generate(batch)
-        best = min(best, time.perf_counter() - started)
+def least_seconds(refuse: Callable[[], object], first: float) -> float:
+    """The least of three calls, the first one among them, as another process may hold the processor
+    meanwhile."""
+    best = first
+    for _ in range(2):
         if best < LIMIT:
             break
+        started = time.perf_counter()
+        refuse()
+        best = min(best, time.perf_counter() - started)
     return best
 
 
-def test_hostile_prompts_are_answered_or_refused_at_once(campaign, figure, generator):  # type: ignore[no-untyped-def]
-    cases = 3_200 if campaign else 480
-    counts, slowest = Counter[str](), 0.0
+def test_hostile_prompts_are_answered_or_refused_at_once(
+    campaign: bool, figure: Figure, generator: Generator
+) -> None:
+    cases = 3_400 if campaign else 510
+    counts, slowest, longest = Counter[str](), 0.0, 0.0
     for number in range(cases):
         family = FAMILIES[number % len(FAMILIES)]
-        batch = family(Random(number))
-        call = {"on_overflow": "truncate"} if number % 3 == 0 else {}
+        name = f"{family.__name__}(Random({number}))"
+        call: dict[str, Any] = {"on_overflow": "truncate"} if number % 3 == 0 else {}
+        ask = partial(
+            outcome, generator, family(Random(number)), return_dict=number % 5 == 0, **call
+        )
+        started, began = time.perf_counter(), time.process_time()
         try:
-            found = outcome(generator, batch, return_dict=number % 5 == 0, **call)
+            found = ask()
         except Exception as error:
-            pytest.fail(f"{family.__name__}(Random({number})): {type(error).__name__}: {error}")
+            pytest.fail(f"{name}: {type(error).__name__}: {error}")
+        # Of all threads, and of the first call: nothing is ready for a prompt that came before.
+        work, first = time.process_time() - began, time.perf_counter() - started
         counts[found] += 1
-        if found == "refused" and not call:
-            seconds = seconds_to_refuse(generator, batch)
-            assert seconds < LIMIT, f"{family.__name__}(Random({number})): {1e3 * seconds:.1f} ms"
-            slowest = max(slowest, seconds)
+        if found == "refused":
+            seconds = least_seconds(ask, first)
+            assert work < LIMIT, f"{name}: {1e3 * work:.1f} ms of processor time"
+            assert seconds < LIMIT, f"{name}: {1e3 * seconds:.1f} ms"
+            slowest, longest = max(slowest, seconds), max(longest, work)
     assert min(counts["text"], counts["refused"]) > 0.2 * cases, counts
     figure(
         "R11",
         f"hostile prompts of {len(FAMILIES)} families",
-        "2,000 cases, 0 crashes, each refused in under 5 ms",
+        "2,000 cases, 0 crashes, each refused in under 5 ms: of processor time at the first call, "
+        "of time at the best of three",
         f"{cases:,} cases: {counts['text']:,} gave text, {counts['refused']:,} a PromptError, "
-        f"nothing else; the slowest refusal took {1e3 * slowest:.2f} ms",
+        f"nothing else; the slowest refusal took {1e3 * longest:.2f} ms of processor time, "
+        f"{1e3 * slowest:.2f} ms",
     )
 
 

@@ -74,7 +74,13 @@ def generate(
     expected = tiny.generator(backend="eager").generate(prompts)
     assert report["texts"] == expected
     assert report["backend"] == "eager"
-    return report, seconds, done.stderr.count("Warning")
+    return report, seconds, warnings_in(done.stderr)
+
+
+def warnings_in(text: str) -> int:
+    """Lines that say so, in any case; one that Python quotes of a source is the same warning."""
+    lines = (line.lower() for line in text.splitlines())
+    return sum("warning" in line and "warnings.warn" not in line for line in lines)
 
 
 def test_a_bare_machine_generates(tmp_path: Path) -> None:
@@ -106,7 +112,8 @@ def test_an_installation_without_a_compiler(campaign: bool, figure: Figure, tmp_
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert "no C++ compiler" in doctor.stdout
     figure(
-        "R22", "wheel built and installed without compiler, triton, OpenVINO and network",
+        "R22", "wheel built without compiler and network, installed with --no-deps beside the "
+        "libraries it needs; triton, which it requires on Linux, and OpenVINO hidden",
         f"imports and generates in under {SECONDS} s, at most 1 warning",
         f"{seconds:.1f} s, {warnings} warnings; the build said: {said}",
     )  # fmt: skip
@@ -151,5 +158,7 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
     # Behind the wheel in the path, and without the .pth files of an editable installation.
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     shutil.copy(BLOCK / "network_block.py", site)
-    (site / "sitecustomize.py").write_text(HIDE)
+    # Not as sitecustomize: a system may have one of its own, which would come first.
+    (site / "hidden_libraries.py").write_text(HIDE)
+    (site / "hidden_libraries.pth").write_text("import hidden_libraries\n")
     return python

@@ -75,7 +75,8 @@ class Victim:
         return start_command(self.config, self.log, self.log.parent)
 
     def kill(self, start: Start, moment: Callable[[Training], None]) -> bool:
-        """Start, kill at the moment, look at what is there; False if the run ended before."""
+        """Start, kill at the moment, look at what is there; False if the run ended before, which
+        is no kill."""
         records, saved = len(list(lines_of(self.root))), saved_steps(self.root)
         training = start()
         moment(training)
@@ -83,10 +84,12 @@ class Victim:
             training.signal(signal.SIGKILL)
         status = training.wait()
         assert status in (0, -signal.SIGKILL), self.log.read_text()
+        killed = status == -signal.SIGKILL
         self._began_where_it_was_saved(records, saved)
-        self._nothing_is_lost(started=len(list(lines_of(self.root))) > records)
-        self.toll.commands += start == self.command and status != 0
-        return status != 0
+        if killed:
+            self._nothing_is_lost(started=len(list(lines_of(self.root))) > records)
+            self.toll.commands += start == self.command
+        return killed
 
     def _began_where_it_was_saved(self, records: int, saved: dict[str, int]) -> None:
         new = list(lines_of(self.root))[records:]
@@ -227,11 +230,13 @@ class Sweep:
         return fourth - third
 
     def kill(self, action: int, call: int) -> None:
-        """Kill at a call; what bears the name of a checkpoint is one."""
+        """Kill at a call; what bears the name of a checkpoint is one, and none is lost."""
         if not self.root.exists():
             shutil.copytree(self.base, self.root)
+        before = saved_steps(self.root)
         status = self.run(action, call).wait()
-        saved_steps(self.root)
+        after = saved_steps(self.root)
+        assert all(after.get(phase, 0) >= step for phase, step in before.items()), (before, after)
         if status == 0:
             self._compare()
             return

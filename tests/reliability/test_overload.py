@@ -20,6 +20,8 @@ LIMIT = 1e-3
 
 THREADS = 16
 QUEUED = 4
+CALLS = 100_000
+"""Of each backend in the whole campaign, answered or refused."""
 
 
 class Insistent:
@@ -29,6 +31,11 @@ class Insistent:
         self._generator, self._expected = generator, expected
         self._lock = threading.Lock()
         self.answered = self.refused = 0
+
+    @property
+    def calls(self) -> int:
+        """Answered or refused."""
+        return self.answered + self.refused
 
     def generate(self, prompt: str, seed: int) -> str:
         refused = 0
@@ -66,24 +73,27 @@ def test_no_answer_is_lost_or_swapped_where_calls_are_refused(campaign, figure, 
         assert found in (None, [expected[i] for i in lists])
         time.sleep(5e-3)
 
-    calls = (15_000 if campaign else 800) // THREADS
-    crowd = ask_from_threads(
-        insistent, prompts, threads=THREADS, calls=calls, beside=ask_for_a_list  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert not crowd.errors
-    assert crowd.beside > 0
-    assert insistent.answered == THREADS * calls
-    assert all(len(answers) == min(calls, len(prompts)) for answers in crowd.answers)
+    wanted, calls = (CALLS, 10_000 // THREADS) if campaign else (800, 800 // THREADS)
+    rounds = 0
+    while insistent.calls < wanted:
+        crowd = ask_from_threads(
+            insistent, prompts, threads=THREADS, calls=calls, beside=ask_for_a_list  # type: ignore[arg-type]
+        )  # fmt: skip
+        rounds += 1
+        assert not crowd.errors
+        assert crowd.beside > 0
+        assert all(len(answers) == min(calls, len(prompts)) for answers in crowd.answers)
+        # Nobody is left in the queue.
+        assert generator._executor.pool._calls == 0
+    assert insistent.answered == rounds * THREADS * calls
     assert insistent.refused > 0.05 * insistent.answered, "the queue was never full"
-    # Nobody is left in the queue.
-    assert generator._executor.pool._calls == 0
     assert generator.generate(prompts[0], seed=0) == expected[0]
     figure(
         "R21",
         f"{backend}: {THREADS} threads, room for {QUEUED} to wait",
-        "100,000 calls, 0 answers lost or swapped",
-        f"{insistent.answered + insistent.refused:,} calls: {insistent.answered:,} answered, each "
-        f"as alone, the others refused; never {STANDSTILL:.0f} s without an answer",
+        f"≥ {wanted:,} calls, answered or refused; 0 answers lost or swapped",
+        f"{insistent.calls:,} calls: {insistent.answered:,} answered, each as alone, "
+        f"{insistent.refused:,} refused; never {STANDSTILL:.0f} s without an answer",
     )
 
 
@@ -127,13 +137,13 @@ def test_a_full_queue_refuses_at_once_and_then_empties(campaign, figure):  # typ
     assert answers == expected
     seconds.sort()
     median, late = seconds[len(seconds) // 2], seconds[int(0.99 * len(seconds))]
-    # Another process may hold the processor for some milliseconds, but not every time.
     assert median < 0.1 * LIMIT, f"{1e3 * median:.2f} ms"
-    assert seconds[int(0.95 * len(seconds))] < LIMIT, f"{1e3 * late:.2f} ms"
+    # Another process may hold the processor for some milliseconds, but not at every hundredth call.
+    assert late < LIMIT, f"{1e3 * late:.2f} ms"
     figure(
         "R21",
         "a full queue",
-        "refuses in under 1 ms; those that wait are answered",
+        "99 % of refusals within 1 ms, half within 0.1 ms; those that wait are answered",
         f"{len(seconds):,} refusals: median {1e6 * median:.0f} µs, 99 % within "
         f"{1e6 * late:.0f} µs; the {len(answers)} that waited have their own answers",
     )

@@ -67,7 +67,7 @@ def test_other_configurations_repeat_too(
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """Of what a run leaves. Its folder must have one name: model cards hold it."""
+    """Of what a run leaves. Its folder must have one name: config.toml holds it."""
     found = {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))

@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def _prepare(request: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(request["folder"])
+    # A shell starts what runs in its background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if limit := request.get("file_size"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if request.get("ordinary"):
