@@ -50,6 +50,17 @@ def test_the_page_gets_the_figures_and_what_is_missing(tmp_path: Path, page: Pat
     assert "Reduced counts" not in text
 
 
+def test_a_part_does_not_stand_for_its_number(tmp_path: Path, page: Path):
+    path = written(tmp_path, 0)
+    found = json.loads(path.read_text())
+    found["figures"].append({**found["figures"][0], "number": "R17", "in_part": True})
+    path.write_text(json.dumps(found))
+    assert reliability.main([str(path)]) == 0
+    text = page.read_text()
+    assert "| R17 | kills" in text
+    assert "R16 (compute-sanitizer); R17 (poisoned GPU buffers)." in text
+
+
 def test_a_failed_campaign_leaves_the_page(tmp_path: Path, page: Path):
     assert reliability.main([str(written(tmp_path, 1))]) == 1
     assert "old" in page.read_text()
