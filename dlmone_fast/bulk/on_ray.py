@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,20 +46,34 @@ def import_ray() -> Any:
     Raises:
         BackendUnavailableError: it is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise BackendUnavailableError(
-            "bulk generation needs Ray, which is not installed: pip install 'dlmone_fast[ray]'"
-        )
+    _check_installed()
     import ray
 
     return ray
 
 
+def _check_installed() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise BackendUnavailableError(
+            "bulk generation needs Ray, which is not installed: pip install 'dlmone_fast[ray]'"
+        )
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[bool]:
-    """Within the block Ray is connected to the cluster that `RAY_ADDRESS` names; whether to one."""
+    """Within the block Ray is connected to the cluster that `RAY_ADDRESS` names; whether to one.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed.
+    """
+    _check_installed()
+    named = bool(os.environ.get("RAY_ADDRESS"))
+    # Importing Ray takes a second, which a slip of the pen should not cost.
+    if not (named or "ray" in sys.modules):
+        yield False
+        return
     ray = import_ray()
-    mine = not ray.is_initialized() and bool(os.environ.get("RAY_ADDRESS"))
+    mine = named and not ray.is_initialized()
     if mine:
         ray.init(log_to_driver=False)
     try:
