@@ -1,7 +1,7 @@
 // One function per operation that adds it to the Python module. Nothing of torch is linked, so one
 // build serves every torch version: tensors come in through DLPack (tensors.h), those on a GPU as
-// raw addresses. The caller keeps them alive, and unchanged until the call returns: what was checked
-// is read again without Python's lock.
+// raw addresses. The caller keeps them alive, and unchanged until the call returns: what was
+// checked is read again without Python's lock.
 #pragma once
 
 #include <pybind11/pybind11.h>
