@@ -28,7 +28,7 @@ test: $(READY)  ## run the tests, 8 minutes on 2 cores
 
 # Where atheris cannot be installed, files are fuzzed without coverage, and the table says so.
 # The table is for a failed campaign too, and its command says how the campaign ended.
-reliability: $(READY)  ## try to break everything, under 60 minutes on 2 cores; writes docs/reliability.md
+reliability: $(READY)  ## try to break everything, about 40 minutes on 2 cores; writes docs/reliability.md
 	-$(PY) -m pip install --disable-pip-version-check -q -e ".[fuzz]"
 	-.ci/sanitize $(PY)
 	rm -f build/reliability.json
