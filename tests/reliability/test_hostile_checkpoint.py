@@ -319,7 +319,8 @@ def test_a_hostile_checkpoint_runs_nothing_and_costs_nothing(
         shutil.rmtree(folder)
     figure(
         "R25", f"hostile .pt files given to the importer ({how})",
-        "0 executions, exit code 4, memory within twice the file",
+        "0 executions, exit code 4, memory at most twice the file and "
+        f"{SPARE_BYTES >> 20} MiB above a good file's",
         f"0 executions of {len(kinds)} kinds, exit code 4 each, at most {worst / 1e6:.0f} MB above "
         "a good file's",
     )  # fmt: skip
