@@ -41,9 +41,13 @@ class ModelConfig(Section):
     """Scale every embedding row to norm sqrt(d) before dividing by noise_scale."""
     noise_scale: float = 1.0
     """Noise-scale factor F: embeddings are divided by F, so unit noise weighs F times more."""
+    source: str = "joined"
+    """Place of the source. joined: before the target, in one sequence (DiffuSeq). masked: behind
+    the target's slots, cut to the batch's longest source, its padding not attended to. aligned:
+    symbol i of the source shares its position with slot i of the target."""
     source_positions: int = 0
     """Positions kept for the source and its separators, where the target always begins; 0: it
-    follows the source at once, as in DiffuSeq."""
+    follows the source at once, as in DiffuSeq. masked and aligned sources need a number."""
     self_conditioning: bool = False
     """A teacher also reads its own last prediction of x_0, through a projection of its own."""
 
@@ -54,7 +58,7 @@ class ModelConfig(Section):
         within(self, 1, 128, "num_layers", "num_heads")
         within(self, 4, 1 << 16, "ffn_size")
         within(self, 0, 0.9, "dropout")
-        within(self, self.seq_len, 1 << 16, "max_positions")
+        within(self, self.longest_part, 1 << 16, "max_positions")
         within(self, 0.1, 16, "noise_scale")
         within(self, 0, self.seq_len - 2, "source_positions")
         if self.source_positions in (1, 2):
@@ -63,6 +67,7 @@ class ModelConfig(Section):
                 f"{self.source_positions}"
             )
         one_of(self, ("post", "pre"), "norm")
+        self._check_source()
         for name in ("embedding_dim", "time_dim"):
             if getattr(self, name) % 2:
                 raise ConfigError(f"{name} must be even, got {getattr(self, name)}")
@@ -71,10 +76,47 @@ class ModelConfig(Section):
                 f"num_heads must divide hidden_size ({self.hidden_size}), got {self.num_heads}"
             )
 
+    def _check_source(self) -> None:
+        one_of(self, SOURCES, "source")
+        if self.source != "joined" and not self.source_positions:
+            raise ConfigError(
+                f"source_positions must be set with source = {self.source!r}: the most tokens of a "
+                "source, got 0"
+            )
+        if self.source == "aligned" and self.seq_len != 2 * self.source_positions:
+            raise ConfigError(
+                "seq_len must be twice source_positions with source = 'aligned' (a slot for each "
+                f"symbol), got {self.seq_len} and {self.source_positions}"
+            )
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether the target has slots of its own in front of the source (`data/slots.py`)."""
+        return self.source != "joined"
+
+    @property
+    def target_slots(self) -> int:
+        """Slots of the target where it does not follow the source in one sequence."""
+        return self.seq_len - self.source_positions
+
+    def slots_of(self, length: int) -> int:
+        """Positions that are predicted in a sequence of that length."""
+        if self.source == "aligned":
+            return length // 2
+        return self.target_slots if self.in_slots else length
+
+    @property
+    def longest_part(self) -> int:
+        """Positions that are counted from one start."""
+        if not self.in_slots:
+            return self.seq_len
+        return max(self.target_slots, self.source_positions)
+
 
 # A number from 1. Not str.isdigit(): it also knows digits that int() does not.
 _CALLS = re.compile(r"0*[1-9][0-9]{0,9}")
 
+SOURCES = ("joined", "masked", "aligned")
 SCHEDULES = ("sqrt", "linear", "cosine", "trunc_cos", "trunc_lin", "pw_lin")
 
 
@@ -271,7 +313,7 @@ class Config(Section):
                 f"distill.t_init and distill.t_max must lie within diffusion.num_timesteps "
                 f"({last}), got {self.distill.t_init} and {self.distill.t_max}"
             )
-        positions = self.model.seq_len, self.model.source_positions
+        positions = self.model.seq_len, self.model.source_positions, self.model.source
         if self.max_source_tokens > largest_source(*positions):
             raise ConfigError(
                 "data.max_source_tokens must leave room for a target in model.seq_len "
@@ -302,6 +344,8 @@ class Config(Section):
                 f"model.self_conditioning, got {share:g}: both calls with an estimate and the "
                 "first one, without, are to be learnt"
             )
+        if self.model.in_slots:
+            self._check_slots()
         for name, used in (
             ("teacher.timestep_sampler = 'log-snr'", self.teacher.timestep_sampler == "log-snr"),
             ("distill.decodable_margin", bool(self.distill.decodable_margin)),
@@ -310,6 +354,23 @@ class Config(Section):
                 raise ConfigError(
                     f"{name} needs model.normalize_embedding: where tokens become decodable is "
                     "known for embedding rows of one norm"
+                )
+
+    def _check_slots(self) -> None:
+        """Terms that read every position would read those that a short source leaves empty."""
+        c = self.teacher
+        for name, wrong in (
+            ("teacher.embedding_noise = true", c.embedding_noise),
+            ("teacher.mse_positions = 'all'", c.mse_positions == "all"),
+            ("teacher.decoder_weight above 0", c.decoder_weight > 0),
+            ("teacher.prior_weight above 0", c.prior_weight > 0),
+            ("teacher.condition_dropout above 0", c.condition_dropout > 0),
+            ("distill.embedding_noise = true", self.distill.embedding_noise),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"{name} needs model.source = 'joined', got {self.model.source!r}: it counts "
+                    "source positions, and a short source leaves some of them empty"
                 )
 
     def _check_calls(self) -> None:

@@ -90,12 +90,17 @@ def layout_source(
     return ids + [pad_id] * (seq_len - len(ids)), [0] * given + [1] * (seq_len - given)
 
 
-def source_limit(seq_len: int, max_source_tokens: int | None, source_positions: int = 0) -> int:
+def source_limit(
+    seq_len: int,
+    max_source_tokens: int | None,
+    source_positions: int = 0,
+    source: str = "joined",
+) -> int:
     """Return the largest source, checked to leave at least [CLS] and [SEP] for the target."""
     check_seq_len(seq_len, source_positions)
-    largest = largest_source(seq_len, source_positions)
+    largest = largest_source(seq_len, source_positions, source)
     if max_source_tokens is None:
-        return default_source_limit(seq_len, source_positions)
+        return default_source_limit(seq_len, source_positions, source)
     if not isinstance(max_source_tokens, int) or not 2 <= max_source_tokens <= largest:
         room = f"{source_positions} source positions" if source_positions else f"seq_len {seq_len}"
         raise UsageError(

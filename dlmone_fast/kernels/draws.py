@@ -48,6 +48,7 @@ class Stream(IntEnum):
     FAKE_PAD = 26
     REAL_PAD = 27
     GENERATOR_PAD = 28
+    BATCH_ORDER = 29
 
 
 def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:

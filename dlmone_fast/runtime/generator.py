@@ -14,6 +14,7 @@ import torch
 from dlmone_fast.config.room import largest_source
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.data.layouts import kept_lengths
+from dlmone_fast.data.slots import absent_id, sources_in_slots
 from dlmone_fast.errors import TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
@@ -379,15 +380,10 @@ class Generator:
             encoded = self.tokenizer.encode(list(texts))
         else:
             sizes = self.denoiser.config
-            limit = largest_source(sizes.seq_len, sizes.source_positions)
+            limit = largest_source(sizes.seq_len, sizes.source_positions, sizes.source)
         rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
         size = 1 if batch_invariant else batch_size
-        parts = [
-            self._executor.ids(rows.part(first, first + size), settings, decode)
-            for first in with_progress(range(0, len(rows), size), progress)
-        ]
-        ids = torch.cat(parts) if parts else rows.ids
-        targets = [row[mask != 0].tolist() for row, mask in zip(ids, rows.mask, strict=True)]
+        targets = self._targets(rows, settings, decode, size, progress)
         decoded = [self._text(target, decode) for target in targets]
         n = num_candidates
         return CandidateBatch(
@@ -396,6 +392,30 @@ class Generator:
             truncated=truncated,
             seconds=time.perf_counter() - started,
         )
+
+    def _targets(
+        self,
+        rows: Rows,
+        settings: GenerationSettings,
+        decode: str,
+        size: int,
+        progress: bool | None,
+    ) -> list[list[int]]:
+        """Ids on the target positions of each row, `size` rows a network call."""
+        executor, sizes = self._executor, self.denoiser.config
+        order: Sequence[int] = range(len(rows))
+        if sizes.in_slots and len(rows) > size:
+            # Rows of similar length share a call, which is as long as its longest source.
+            lengths = (rows.ids != absent_id(sizes.vocab_size)).sum(1).tolist()
+            order = sorted(order, key=lengths.__getitem__)
+            rows = rows.chosen(order)
+        targets: list[list[int]] = [[] for _ in order]
+        for first in with_progress(range(0, len(rows), size), progress):
+            part = executor.fitted(rows.part(first, first + size))
+            ids = executor.ids(part, settings, decode)
+            for row, found, mask in zip(order[first : first + size], ids, part.mask, strict=True):
+                targets[row] = found[mask != 0].tolist()
+        return targets
 
     def _text(self, target: list[int], decode: str) -> str:
         if decode == "diffuseq":
@@ -410,14 +430,7 @@ class Generator:
         n: int,
         on_overflow: str,
     ) -> tuple[Rows, list[bool]]:
-        ids, mask, truncated = source_batch(
-            encoded,
-            self.denoiser.config.seq_len,
-            self.tokenizer,
-            limit,
-            on_overflow,  # type: ignore[arg-type]
-            self.denoiser.config.source_positions,
-        )
+        ids, mask, truncated = self._laid_out(encoded, limit, on_overflow)
         if n > 1:
             ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rows = Rows(
@@ -427,6 +440,21 @@ class Generator:
             list(range(n)) * len(encoded),
         )
         return rows, truncated
+
+    def _laid_out(
+        self, encoded: Sequence[Sequence[int]], limit: int, on_overflow: str
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        sizes = self.denoiser.config
+        if sizes.in_slots:
+            return sources_in_slots(encoded, sizes, self.tokenizer.pad_id, limit, on_overflow)
+        return source_batch(
+            encoded,
+            sizes.seq_len,
+            self.tokenizer,
+            limit,
+            on_overflow,
+            sizes.source_positions,  # type: ignore[arg-type]
+        )
 
     def _output(
         self, batched: CandidateBatch, chosen: list[int], seeds: list[int], steps: int | None

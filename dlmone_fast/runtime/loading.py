@@ -108,12 +108,11 @@ def _settings(folder: ModelFolder, denoiser: Denoiser) -> GenerationSettings:
                 "from its source"
             )
     model, num_timesteps = denoiser.config, denoiser.schedule.num_timesteps
-    values.setdefault(
-        "max_source_tokens", default_source_limit(model.seq_len, model.source_positions)
-    )
+    room = model.source_positions, model.source
+    values.setdefault("max_source_tokens", default_source_limit(model.seq_len, *room))
     try:
         settings = GenerationSettings(**values)
-        source_limit(model.seq_len, settings.max_source_tokens, model.source_positions)
+        source_limit(model.seq_len, settings.max_source_tokens, *room)
         if settings.kind == "student" and settings.t_init >= num_timesteps:
             raise UsageError(f"t_init must be at most {num_timesteps - 1}, got {settings.t_init}")
         if settings.kind == "teacher":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dlmone_fast.config import TeacherConfig
-from dlmone_fast.data.batches import batch, batches_in_order
+from dlmone_fast.data.batches import batches_in_order, training_batch
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.diffusion import Draw
 from dlmone_fast.evaluation.scores import score_generations
@@ -130,7 +130,7 @@ def validation_loss(
     batches = list(batches_in_order(count, config.micro_batch_size))
     for rows in batches[ranks.part(len(batches))]:
         sizes = denoiser.config
-        ids, mask = batch(cache, rows, sizes.seq_len, workspace.tokenizer, sizes.source_positions)
+        ids, mask = training_batch(cache, rows, sizes, workspace.tokenizer)
         slots = torch.from_numpy(rows)
         draw = (seed, Stream.EVALUATION, slots)
         t = uniform_integers(*draw, 0, 0, denoiser.schedule.num_timesteps).to(device)
