@@ -59,6 +59,8 @@ class AlignedTokenizer(TextTokenizer):
         output_case: "upper" shows symbols in capitals ("JH IY"), "same" as they were learned.
     """
 
+    kind = "aligned"
+
     def __init__(
         self,
         alignment: Alignment,
@@ -77,7 +79,7 @@ class AlignedTokenizer(TextTokenizer):
         self._first_label = _FIRST_LETTER + len(alignment.letters)
         self._letter_ids = {x: _FIRST_LETTER + i for i, x in enumerate(alignment.letters)}
         self._label_ids = {x: self._first_label + i for i, x in enumerate(alignment.labels)}
-        self._shown = [(token,) for token in self.vocabulary[: self._first_label]]
+        self._shown: list[tuple[str, ...]] = [(x,) for x in self.vocabulary[: self._first_label]]
         self._shown += [tuple(map(self._cased, label_symbols(x))) for x in alignment.labels]
         self.hash = hashlib.sha256(self.to_json().encode()).hexdigest()
 
@@ -234,7 +236,7 @@ def _lowered(word: str) -> str:
 
 
 def _character(character: str) -> str:
-    name = unicodedata.name(character, f"U+{ord(character):04X}").lower()
+    name = unicodedata.name(character, "").lower() or f"U+{ord(character):04X}"
     return f"{character!r} ({name})"
 
 

@@ -12,7 +12,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.files import write_atomically
@@ -29,11 +29,13 @@ class TextTokenizer(ABC):
     """Text ↔ ids over a fixed vocabulary.
 
     Attributes:
+        kind: "wordpiece" or "aligned", as `data.tokenizer` names it.
         vocabulary: the tokens; an id is a place in it.
         max_chars: longest text in characters, checked before it is tokenised.
         hash: sha256 in hex of all that decides which ids a text has.
     """
 
+    kind: ClassVar[str]
     hash: str
 
     def __init__(self, vocabulary: Sequence[str], max_chars: int = DEFAULT_MAX_CHARS) -> None:

@@ -71,6 +71,8 @@ class Tokenizer(TextTokenizer):
     text even where the ids are cut afterwards (measured: 10 s for a 10 MB prompt).
     """
 
+    kind = "wordpiece"
+
     def __init__(
         self,
         vocabulary: Sequence[str],

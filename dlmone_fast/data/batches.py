@@ -16,14 +16,14 @@ from dlmone_fast.data.layouts import check_seq_len, layout_source, source_limit
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels.draws import LIMIT
 from dlmone_fast.kernels.noise import Stream, permutation
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 Rows = Sequence[int] | npt.NDArray[np.int64] | torch.Tensor
 IntArray = npt.NDArray[np.int64]
 
 
 def batch(
-    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: Tokenizer, source_positions: int = 0
+    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: TextTokenizer, source_positions: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, mask), int64 [B, seq_len], of `rows` laid out as `dlmone_fast.data.layout`.
 
@@ -48,7 +48,11 @@ def batch(
 
 
 def _laid_out(
-    cache: TokenCache, index: IntArray, seq_len: int, tokenizer: Tokenizer, source_positions: int
+    cache: TokenCache,
+    index: IntArray,
+    seq_len: int,
+    tokenizer: TextTokenizer,
+    source_positions: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     src_start, src_length = _spans(cache.src_offsets, index)
     trg_start, trg_length = _spans(cache.trg_offsets, index)
@@ -84,7 +88,7 @@ def without_sources(
 def source_batch(
     sources: Sequence[Sequence[int]],
     seq_len: int,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     max_source_tokens: int | None = None,
     on_overflow: Literal["error", "truncate"] = "error",
     source_positions: int = 0,
