@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlmone_fast.config import ModelConfig
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 NEW_TOKENS = 20
 POSITIONS = 128
@@ -173,7 +173,7 @@ class CachedGreedy:
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         exact: Decoder | None = None,
         compile_mode: str | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.autoregressive import NEW_TOKENS, POSITIONS, WEIGHT_STD, Ids, without
 from dlmone_fast.config import ModelConfig
-from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
+from dlmone_fast.text_tokenizer import SPECIAL_TOKENS, TextTokenizer
 
 _PAD, _UNK, _START, _END, _ = SPECIAL_TOKENS
 _EPSILON = 1e-5
@@ -65,7 +65,7 @@ class EncoderDecoder(nn.Module):
         return embedded
 
 
-def export(model: EncoderDecoder, tokenizer: Tokenizer, folder: Path) -> Path:
+def export(model: EncoderDecoder, tokenizer: TextTokenizer, folder: Path) -> Path:
     """Write the weights as a CTranslate2 model and return its folder, a new one in `folder`."""
     import ctranslate2
     from ctranslate2.specs import TransformerSpec
@@ -145,7 +145,7 @@ class Translator:
     def __init__(
         self,
         model: EncoderDecoder,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         folder: Path,
         compute_type: str,
         device: torch.device,

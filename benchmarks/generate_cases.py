@@ -30,7 +30,8 @@ from dlmone_fast.kernels.noise import Stream, draws_of, normal_of_draws
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.networks import DiffusionLM
 from dlmone_fast.runtime import GenerationSettings
-from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
+from dlmone_fast.text_tokenizer import SPECIAL_TOKENS, TextTokenizer
+from dlmone_fast.tokenizer import Tokenizer
 
 BERT_BASE = ModelConfig(vocab_size=VOCABULARY, normalize_embedding=True)
 """DiffuSeq's shape, 12 layers of width 768 over 128 positions; rows of E of equal norm."""
@@ -167,7 +168,7 @@ class Model:
     """
 
     denoiser: Denoiser
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     settings: GenerationSettings
     vocabulary: Vocabulary
     texts: Callable[[int], list[str]] = prompts
@@ -291,7 +292,7 @@ def _fit_last_layer(model: Model) -> None:
     last.bias.data.copy_(fitted[-1])
 
 
-def _answer(length: int, tokenizer: Tokenizer) -> Tensor:
+def _answer(length: int, tokenizer: TextTokenizer) -> Tensor:
     """Ids [L]: a word at each position until the text ends."""
     end = min(_LAST_WORD, length - 2)
     ids = torch.arange(length) % 40 + len(SPECIAL_TOKENS)

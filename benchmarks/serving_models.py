@@ -15,6 +15,7 @@ from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.folder import save_folder
 from dlmone_fast.networks import DiffusionLM
 from dlmone_fast.runtime import GenerationSettings
+from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.tokenizer import Tokenizer
 
 _WORDS = tuple(a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai"))
@@ -52,7 +53,7 @@ def small_prompts(words: list[str], count: int) -> list[str]:
 
 
 def _save(
-    path: Path, denoiser: Denoiser, tokenizer: Tokenizer, settings: GenerationSettings
+    path: Path, denoiser: Denoiser, tokenizer: TextTokenizer, settings: GenerationSettings
 ) -> None:
     generation = dataclasses.asdict(settings)
     del generation["kind"]

@@ -98,6 +98,7 @@ def _plan(config: Config, teacher: str) -> str:
 
 def _check_teacher_speaks(config: Config, teacher: str) -> None:
     """Refuse to distil a teacher of other text on the grammar that nobody named."""
+    from dlmone_fast.aligned_tokenizer import read_tokenizer
     from dlmone_fast.models.folder import TOKENIZER_NAME
     from dlmone_fast.tasks.grammar import vocabulary
     from dlmone_fast.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def _check_teacher_speaks(config: Config, teacher: str) -> None:
     # What is missing is told where the folder is read.
     if not config.is_grammar or not file.is_file():
         return
-    if Tokenizer.from_file(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
+    if read_tokenizer(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
         raise UsageError(
             f"--teacher {teacher}: has another vocabulary than the preset grammar, which a run "
             "without --preset and --config distils on; name the teacher's own, such as --preset "

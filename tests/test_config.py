@@ -98,6 +98,21 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: 
         ),
         ({"distill": {"selection_metric": "balanced"}}, "needs data.task = 'grammar'"),
         (
+            {"distill": {"selection_metric": "word_accuracy"}},
+            "'word_accuracy' belongs to data.task = 'g2p', got 'word_accuracy' and 'qqp'",
+        ),
+        ({"data": {"task": "g2p"}}, "'word_accuracy' belongs to data.task = 'g2p', got 'bleu'"),
+        (
+            {"data": {"tokenizer": "aligned", "both_directions": True}},
+            "data.both_directions is True, which tokenizer = 'aligned' cannot use",
+        ),
+        ({"data": {"tokenizer": "aligned", "task": "grammar"}}, "data.task is 'grammar', which"),
+        ({"data": {"tokenizer": "aligned", "vocab_file": "v"}}, "data.vocab_file is 'v', which"),
+        (
+            {"data": {"tokenizer": "aligned", "vocab_file": "", "lowercase": False}},
+            "data.lowercase is False, which",
+        ),
+        (
             {"distill": {"stage1": {"anchor_steps": 5}}},
             "distill.stage1 has anchor_steps or anchor_weight, which need the teacher's paired",
         ),

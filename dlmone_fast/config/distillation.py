@@ -182,8 +182,9 @@ class DistillConfig(Section):
     embedding_noise: bool = False
     """Add sigma_0 * noise to real and generated embeddings before noising them."""
     selection_metric: str = "bleu"
-    """Validation score that chooses the best checkpoint: bleu, ibleu, or balanced (grammar only:
-    the mean of joint correctness and coverage of both registers, so that no collapse wins)."""
+    """Validation score that chooses the best checkpoint: bleu, ibleu; balanced (grammar only:
+    the mean of joint correctness and coverage of both registers, so that no collapse wins); or
+    word_accuracy (g2p only: the share of words that match a reference)."""
     selection_max_self_bleu: float = 1.0
     """A checkpoint whose texts of one source are more alike than this (self-BLEU) is the best one
     only until there is another: by BLEU alone a student that always says the same wins."""
@@ -204,7 +205,7 @@ class DistillConfig(Section):
         if self.t_min >= self.t_max:
             raise ConfigError(f"t_max must be above t_min ({self.t_min}), got {self.t_max}")
         one_of(self, ("token_head", "channel_mean"), "discriminator")
-        one_of(self, ("bleu", "ibleu", "balanced"), "selection_metric")
+        one_of(self, ("bleu", "ibleu", "balanced", "word_accuracy"), "selection_metric")
         within(self, 0, 20, "decodable_margin")
         within(self, 0, 1, "pad_weight", "selection_max_self_bleu")
         within(self, 0, 1000, "logit_clamp")

@@ -140,8 +140,12 @@ class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
     task: str = "custom"
-    """Task name: grammar, grammar-templates (both generated here), qqp, quasar-t, wiki-auto or
-    custom. Decides which published rows a report shows; the files come from --data-dir."""
+    """Task name: grammar, grammar-templates (both generated here), qqp, quasar-t, wiki-auto, g2p
+    (the phonemes of a word) or custom. Decides which scores and published rows a report shows; the
+    files come from --data-dir."""
+    tokenizer: str = "wordpiece"
+    """wordpiece; or aligned: a source is a word, each letter of which has a label of its target
+    (none, one or two of the target's symbols), learned on the training split."""
     vocab_file: str = ""
     """WordPiece vocabulary, one piece a line, relative to the working folder, the data folder or
     its parent; empty: learn one on the training split."""
@@ -158,12 +162,29 @@ class DataConfig(Section):
     """Train on every row twice, the second time with source and target exchanged."""
 
     def check(self) -> None:
-        tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "custom")
+        tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "g2p", "custom")
         one_of(self, tasks, "task")
+        one_of(self, ("wordpiece", "aligned"), "tokenizer")
+        self._check_aligned()
         within(self, 64, 1 << 18, "vocab_size")
         within(self, 1, 10_000_000, "max_chars")
         within(self, 0, 4096, "max_source_tokens")
         within(self, 100, 5_000_000, "train_rows")
+
+    def _check_aligned(self) -> None:
+        if self.tokenizer != "aligned":
+            return
+        for name, off, reason in (
+            ("task", not self.task.startswith("grammar"), "the generated grammars have their own"),
+            ("both_directions", not self.both_directions, "a target is no source"),
+            ("vocab_file", not self.vocab_file, "letters and labels are learned"),
+            ("lowercase", self.lowercase, "words are lower-cased"),
+        ):
+            if not off:
+                raise ConfigError(
+                    f"{name} is {shown(getattr(self, name))}, which tokenizer = 'aligned' cannot "
+                    f"use ({reason}); leave it at its default, or use tokenizer = 'wordpiece'"
+                )
 
 
 @dataclass(frozen=True)
@@ -330,10 +351,17 @@ class Config(Section):
             )
 
     def _check_task(self) -> None:
-        if self.distill.selection_metric == "balanced" and not self.is_grammar:
+        metric = self.distill.selection_metric
+        if metric == "balanced" and not self.is_grammar:
             raise ConfigError(
                 "distill.selection_metric = 'balanced' needs data.task = 'grammar' or "
                 f"'grammar-templates', got {self.data.task!r}; use 'bleu' or 'ibleu'"
+            )
+        # Phonemes have no other scores: text metrics mean nothing for them.
+        if (metric == "word_accuracy") != (self.data.task == "g2p"):
+            raise ConfigError(
+                "distill.selection_metric = 'word_accuracy' belongs to data.task = 'g2p', got "
+                f"{metric!r} and {self.data.task!r}; set both, or neither"
             )
 
     def _check_ingredients(self) -> None:

@@ -18,7 +18,7 @@ from dlmone_fast.data.slots import batch_in_slots, source_lengths
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels.draws import LIMIT
 from dlmone_fast.kernels.noise import Stream, permutation
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 # Batches that are sorted by length together: enough for even lengths, few enough to stay mixed.
 _POOL = 40
@@ -40,7 +40,7 @@ def training_batch(
 
 
 def batch(
-    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: Tokenizer, source_positions: int = 0
+    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: TextTokenizer, source_positions: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, mask), int64 [B, seq_len], of `rows` laid out as `dlmone_fast.data.layout`.
 
@@ -65,7 +65,11 @@ def batch(
 
 
 def _laid_out(
-    cache: TokenCache, index: IntArray, seq_len: int, tokenizer: Tokenizer, source_positions: int
+    cache: TokenCache,
+    index: IntArray,
+    seq_len: int,
+    tokenizer: TextTokenizer,
+    source_positions: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     src_start, src_length = _spans(cache.src_offsets, index)
     trg_start, trg_length = _spans(cache.trg_offsets, index)
@@ -101,7 +105,7 @@ def without_sources(
 def source_batch(
     sources: Sequence[Sequence[int]],
     seq_len: int,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     max_source_tokens: int | None = None,
     on_overflow: Literal["error", "truncate"] = "error",
     source_positions: int = 0,

@@ -29,7 +29,7 @@ from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED, unloaded_error
 from dlmone_fast.runtime.rows import Rows
 from dlmone_fast.runtime.streaming import in_windows, with_progress
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 
 class Generator:
@@ -53,7 +53,7 @@ class Generator:
     def __init__(
         self,
         denoiser: Denoiser,
-        tokenizer: Tokenizer | None,
+        tokenizer: TextTokenizer | None,
         settings: GenerationSettings,
         precision: str = "fp32",
         folder: ModelFolder | None = None,
@@ -108,7 +108,7 @@ class Generator:
         return self._executor.device
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer.
 
         Raises:

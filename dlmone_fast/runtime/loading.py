@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dlmone_fast.aligned_tokenizer import read_tokenizer
 from dlmone_fast.config.room import default_source_limit
 from dlmone_fast.data.layouts import source_limit
 from dlmone_fast.errors import ModelFileError, UsageError
@@ -19,7 +20,7 @@ from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED
 from dlmone_fast.samplers.grids import timestep_grid
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
@@ -79,11 +80,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def _tokenizer(folder: ModelFolder, vocab_size: int) -> Tokenizer | None:
+def _tokenizer(folder: ModelFolder, vocab_size: int) -> TextTokenizer | None:
     if folder.tokenizer_path is None:
         return None
     record = folder.files[folder.tokenizer_path.name]
-    tokenizer = Tokenizer.from_file(folder.tokenizer_path, record.sha256)
+    tokenizer = read_tokenizer(folder.tokenizer_path, record.sha256)
     if tokenizer.vocab_size != vocab_size:
         raise ModelFileError(
             f"{folder.tokenizer_path}: has {tokenizer.vocab_size} tokens, the model's embedding "

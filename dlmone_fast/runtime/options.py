@@ -11,7 +11,7 @@ from typing import Any
 from dlmone_fast.config.section import shown
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.samplers.grids import METHODS
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 MAX_CANDIDATES = 64
 MAX_BATCH_SIZE = 4096
@@ -152,7 +152,7 @@ def prompts_of(batch: str | Sequence[str]) -> list[str]:
     return list(batch)
 
 
-def refuse_longest(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> None:
+def refuse_longest(texts: Sequence[str], tokenizer: TextTokenizer, limit: int) -> None:
     """Refuse sources of more than `limit` ids that would take long to be tokenised first."""
     for place, text in enumerate(texts):
         if isinstance(text, str) and tokenizer.is_surely_longer(text, limit):

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dlmone_fast.aligned_tokenizer import AlignedTokenizer, read_tokenizer
 from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
@@ -32,6 +33,7 @@ from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import unwritable
 from dlmone_fast.tasks import grammar
+from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.ranks import Ranks
 from dlmone_fast.training.signals import TimeLimit
@@ -66,7 +68,7 @@ class Workspace:
     root: Path
     data_dir: Path
     device: torch.device
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     limit: TimeLimit = field(default_factory=TimeLimit)
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -145,7 +147,7 @@ class Workspace:
 
 def open_workspace(
     config: Config,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     resume: str = "auto",
     started: float | None = None,
     ranks: Ranks | None = None,
@@ -182,8 +184,8 @@ def open_workspace(
 
 
 def _opened(
-    config: Config, tokenizer: Tokenizer | None, resume: str
-) -> tuple[Config, Path, Path, Tokenizer]:
+    config: Config, tokenizer: TextTokenizer | None, resume: str
+) -> tuple[Config, Path, Path, TextTokenizer]:
     root = run_folder(config)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -234,8 +236,14 @@ def multiplies_bf16(device: torch.device) -> bool:
     return supported is not None and bool(supported())
 
 
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+def with_vocabulary(config: Config, tokenizer: TextTokenizer) -> Config:
     """The configuration with the tokenizer's vocabulary size, which must not contradict it."""
+    if config.data.tokenizer != tokenizer.kind:
+        raise ConfigError(
+            f"data.tokenizer is {config.data.tokenizer!r}, the tokenizer of the run or its teacher "
+            f"is {tokenizer.kind!r}; set data.tokenizer = {tokenizer.kind!r}, or use another "
+            "--output-dir or teacher"
+        )
     wanted, found = config.model.vocab_size, tokenizer.vocab_size
     if wanted not in (0, found):
         raise ConfigError(
@@ -261,12 +269,17 @@ def _data_dir(config: Config, root: Path) -> Path:
     return folder
 
 
-def _tokenizer(config: Config, root: Path, data_dir: Path) -> Tokenizer:
+def _tokenizer(config: Config, root: Path, data_dir: Path) -> TextTokenizer:
     saved = root / "tokenizer.json"
+    tokenizer: TextTokenizer
     if saved.exists():
-        tokenizer = Tokenizer.from_file(saved)
+        tokenizer = read_tokenizer(saved)
     elif config.is_grammar:
         tokenizer = Tokenizer.from_words(grammar.vocabulary(config.data.task))
+    elif config.data.tokenizer == "aligned":
+        case = "upper" if config.data.task == "g2p" else "same"
+        pairs = ((row.src, row.trg) for row in read_rows(find_split(data_dir, "train")))
+        tokenizer = AlignedTokenizer.learn(pairs, output_case=case)
     elif config.data.vocab_file:
         vocab = find_vocabulary(config.data.vocab_file, data_dir)
         tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
