@@ -2,8 +2,8 @@
 
 `qqp`, `quasar-t` and `wiki-auto` are the paper's settings: DiffuSeq's sizes and teacher recipe, and
 DLM-One's Table 5. `qqp-small` is the compact model, its ingredients chosen by short runs
-(docs/small-models.md); `g2p` is English pronunciation (docs/g2p.md); `grammar` is the embedded task that shows the whole method in minutes on two
-CPU cores.
+(docs/small-models.md). `g2p` is English pronunciation. `grammar` is the embedded task that shows
+the whole method in minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def training_batch(
-    cache: TokenCache, rows: Rows, sizes: ModelConfig, tokenizer: Tokenizer
+    cache: TokenCache, rows: Rows, sizes: ModelConfig, tokenizer: TextTokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), int64 [B, L], of rows as a model of these sizes reads them.
 

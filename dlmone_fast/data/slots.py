@@ -24,7 +24,7 @@ from dlmone_fast.config import ModelConfig
 from dlmone_fast.config.room import largest_source
 from dlmone_fast.data.cache import TokenCache
 from dlmone_fast.errors import DataError, PromptError
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,7 +35,7 @@ def absent_id(vocab_size: int) -> int:
 
 
 def batch_in_slots(
-    cache: TokenCache, index: IntArray, sizes: ModelConfig, tokenizer: Tokenizer
+    cache: TokenCache, index: IntArray, sizes: ModelConfig, tokenizer: TextTokenizer
 ) -> tuple[Tensor, Tensor]:
     """(ids, mask), int64 [B, L], of rows of a cache, cut to their longest source.
 

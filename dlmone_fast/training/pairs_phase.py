@@ -62,12 +62,18 @@ class Pairs:
         return len(self.rows)
 
     def latents(
-        self, which: slice | Tensor, width: int, device: torch.device, length: int, call: int = 0
+        self,
+        which: slice | Tensor,
+        width: int,
+        device: torch.device,
+        call: int = 0,
+        length: int = 0,
     ) -> Tensor:
         """The standard normal noise z [B, length, width] of some of the pairs, or that of a later
-        call of the sampler. A position's noise does not depend on the length."""
+        call of the sampler. A position's noise does not depend on the length; 0: that of `ids`."""
         rows = self.rows[which].long()
         samples = self.samples[which].long() + call * _MOST_SAMPLES
+        length = length or self.ids.shape[1]
         return normal(self.seed, Stream.PAIR_LATENT, rows, samples, length, width, device)
 
 
@@ -107,19 +113,25 @@ class PairsPhase:
         ids, mask = self._conditions(which)
         device = self.workspace.device
         ids, mask = ids.to(device), mask.to(device)
+        if self.config.targets == "data":
+            return self._stored(ids, mask)
         source = self.teacher.lm.tokens(ids)
         length, width = source.shape[1:]
         x = sample(
             self._predict, self.teacher.schedule, self.options, source, mask,
-            lambda call: self.pairs.latents(which, width, device, length, call),
+            lambda call: self.pairs.latents(which, width, device, call, length),
             lambda x: self.vocabulary.table[nearest_token(x, self.vocabulary)],
             self_conditioning=self.teacher.config.self_conditioning,
         )  # fmt: skip
         target = mask != 0
         ids[target] = nearest_token(x[target], self.vocabulary)
+        return self._stored(ids, mask)
+
+    def _stored(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids [n, L] as `Pairs` keeps them."""
         if self.teacher.config.in_slots:
             stored = self.pairs.ids.shape[1]
-            ids = at_length(ids.masked_fill(~target, 0)[:, :stored], stored)
+            ids = at_length(ids.masked_fill(mask == 0, 0)[:, :stored], stored)
         return ids.cpu().to(self.pairs.ids.dtype)
 
     def _predict(self, x: Tensor, t: Tensor, estimate: Tensor | None = None) -> Tensor:

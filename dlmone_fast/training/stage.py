@@ -357,11 +357,13 @@ class Stage:
         given = self._conditions_of(self.pairs.rows[which].long().numpy(), slots)
         ids = self.pairs.ids[which].long().to(self.workspace.device)
         length = given.ids.shape[1]
-        z = self.pairs.latents(which, self.table.shape[1], self.workspace.device, length)
+        z = self.pairs.latents(
+            which, self.table.shape[1], self.workspace.device, length=length
+        )
         ids = at_length(ids[:, :length], length)
         x = generate_embeddings(
             self._predict, self.schedule, self.shared.t_init, 1, given.embeddings, given.mask,
-            lambda _: z, self.shared.scale_latent,
+            lambda _: self.shared.temperature * z, self.shared.scale_latent,
         )  # fmt: skip
         weights = None
         if self.shared.pad_weight < 1:
@@ -381,7 +383,8 @@ class Stage:
         def noise(call: int) -> Tensor:
             # A batch has fewer slots than that: no two calls share their noise.
             sample = given.slots + call * _LARGEST_BATCH
-            return normal(self.seed, stream, sample, step, length, width, device)
+            z = normal(self.seed, stream, sample, step, length, width, device)
+            return z if self.shared.temperature == 1 else self.shared.temperature * z
 
         if few == 1:
             return generate_embeddings(

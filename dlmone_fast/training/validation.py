@@ -115,7 +115,12 @@ def generation_settings(config: Any, kind: str) -> GenerationSettings:
     if kind == "teacher":
         return GenerationSettings(kind="teacher", sampler="ddim", steps=20, **limits)
     distill = config.distill
-    return GenerationSettings(t_init=distill.t_init, scale_latent=distill.scale_latent, **limits)
+    return GenerationSettings(
+        t_init=distill.t_init,
+        scale_latent=distill.scale_latent,
+        temperature=distill.temperature,
+        **limits,
+    )
 
 
 @torch.no_grad()
