@@ -16,6 +16,7 @@ from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import Denoiser, denoiser_from_folder
 from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import GENERATION_NAME, ModelFolder, load_folder
+from dlmone_fast.packaged import folder_of
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED
@@ -37,7 +38,7 @@ def load_model(
     """Load a model folder, verified against its manifest.
 
     Args:
-        path: the folder.
+        path: the folder, or the name of a packaged model (`dlmone_fast.models()`).
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
         backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).
@@ -51,7 +52,7 @@ def load_model(
     """
     target = pick_device(device)
     precision = pick_precision(dtype, target)
-    folder = load_folder(path)
+    folder = load_folder(folder_of(path))
     denoiser = denoiser_from_folder(folder).to(target)
     tokenizer = _tokenizer(folder, denoiser.config.vocab_size)
     settings = _settings(folder, denoiser)
