@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
-from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.errors import DataError, PromptError, UsageError
 from dlmone_fast.sources import Source, calibration_prompts, is_jsonl, numbered_lines, source_of
+from dlmone_fast.tasks.arpabet import to_ipa
 
 if TYPE_CHECKING:
     from dlmone_fast.runtime import Generator
@@ -26,8 +28,10 @@ DESCRIPTION = """Generate a text for each source of a file or of standard input.
 Text: one source a line in, one text a line out, in order; line breaks inside a text become
 spaces, and a blank line is an empty source that gets its line like any other. jsonl: objects with
 `src` in, the same objects with `generated` (or `candidates`, if several) and `truncated` out.
-Sources beyond the model's limit are cut and counted on stderr. Exit codes: 0 done, 2 usage,
-3 data, 4 model files, 130 interrupted; with --output nothing is written unless all is done.
+Sources beyond the model's limit are cut and counted on stderr. A source that the model cannot read
+(for a model of words: an empty line, a digit) ends the command with its line's number. Exit codes:
+0 done, 2 usage, 3 data, 4 model files, 130 interrupted; with --output nothing is written unless all
+is done.
 """
 
 
@@ -53,6 +57,8 @@ class SampleArgs:
     """Texts per source, each from its own noise; several need --mbr or jsonl."""
     mbr: bool = False
     """Keep the candidate that agrees most with the others (2 or more candidates)."""
+    ipa: bool = False
+    """Write pronunciations in IPA; jsonl gets them beside the phonemes, as `ipa`."""
     seed: int = 0
     """Row i has a seed of its own, derived from this one and i, as in evaluation; generate(seed=…)
     uses its seed as it is, and so gives other texts."""
@@ -92,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_model(
         args.model, args.device, args.dtype, backend=args.backend, calibration=calibration
     )
+    if args.ipa and generator.task != "g2p":
+        raise UsageError(
+            f"--ipa: {args.model} writes no phonemes (its task: {generator.task or 'unknown'}); "
+            "leave it out, or name a model of the task g2p"
+        )
     count = Count()
     sources = (source_of(args.input, number, line, jsonl) for number, line in lines)
     _write(args.output, _generated(args, generator, sources, jsonl, count))
@@ -131,30 +142,59 @@ def _generated(
     with tqdm(desc="sample", unit="text", disable=None) as bar:
         while window := list(islice(sources, WINDOW)):
             longest = generator.tokenizer.max_chars
-            batch = generator.generate_candidates(
-                [source.text[:longest] for source in window],
-                num_candidates=args.num_candidates,
-                steps=args.steps,
-                seeds=row_seeds(args.seed, len(window), count.rows),
-                batch_size=args.batch_size,
-                sampler=args.sampler,
-                temperature=args.temperature,
-                on_overflow="truncate",
-                progress=False,
-            )
+            cut_texts = [source.text[:longest] for source in window]
+            with _naming_the_line(args.input, generator, cut_texts, count.rows):
+                batch = generator.generate_candidates(
+                    cut_texts,
+                    num_candidates=args.num_candidates,
+                    steps=args.steps,
+                    seeds=row_seeds(args.seed, len(window), count.rows),
+                    batch_size=args.batch_size,
+                    sampler=args.sampler,
+                    temperature=args.temperature,
+                    on_overflow="truncate",
+                    progress=False,
+                )
             written = []
             for source, texts, cut in zip(window, batch.texts, batch.truncated, strict=True):
                 truncated = cut or len(source.text) > longest
                 count.truncated += truncated
                 kept = [texts[select_mbr(texts)]] if args.mbr else texts
-                written.append(_jsonl(source, kept, truncated) if jsonl else _line(kept[0]))
+                written.append(_written(source, kept, truncated, jsonl, args.ipa))
             count.rows += len(window)
             bar.update(len(window))
             yield "".join(written).encode()
 
 
-def _jsonl(source: Source, texts: list[str], truncated: bool) -> str:
-    result = {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
+@contextmanager
+def _naming_the_line(
+    path: str | None, generator: Generator, texts: list[str], before: int
+) -> Iterator[None]:
+    """Turn the refusal of a source into a DataError that names its line."""
+    try:
+        yield
+    except PromptError:
+        for number, text in enumerate(texts, before + 1):
+            try:
+                generator.check_prompt(text, "truncate")
+            except PromptError as error:
+                reason = str(error).removeprefix("texts[0]: ")
+                raise DataError(
+                    f"{path or 'standard input'}, line {number}: {reason}; or use "
+                    "python -m dlmone_fast.generate_bulk, which sets such rows aside"
+                ) from error
+        raise
+
+
+def _written(source: Source, texts: list[str], truncated: bool, jsonl: bool, ipa: bool) -> str:
+    spoken = [to_ipa(text, keep_unknown=True) for text in texts] if ipa else texts
+    if not jsonl:
+        return _line(spoken[0])
+    result: dict[str, object] = (
+        {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
+    )
+    if ipa:
+        result["ipa"] = spoken[0] if len(spoken) == 1 else spoken
     row = {**source.row, **result, "truncated": truncated}
     return json.dumps(row, ensure_ascii=False) + "\n"
 

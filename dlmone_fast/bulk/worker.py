@@ -69,27 +69,37 @@ class ShardWriter:
     ) -> Iterator[bytes]:
         """The part's content, a window at a time; notes what is rejected and counts the rest."""
         while window := list(islice(rows, _WINDOW)):
-            good = [row for row in map(self._checked, window) if not self._rejected(row, rejects)]
-            if good:
-                yield self._generated(good, counts)
+            try:
+                chunk = self._generated(window, counts)
+            except PromptError:
+                # Refused before anything is generated: find out which rows it is for.
+                window = [self._checked(row) for row in window]
+                chunk = self._generated(window, counts)
+            for row in window:
+                self._note_rejected(row, rejects)
+            if chunk:
+                yield chunk
 
     def _checked(self, row: InputRow) -> InputRow:
         """The row, or why the model cannot read it."""
         if row.reason:
             return row
         try:
-            self.generator.tokenizer.encode([self._cut(row)])
+            self.generator.check_prompt(self._cut(row), "truncate")
         except PromptError as error:
-            return InputRow(row.id, row.fields, reason=str(error))
+            return InputRow(row.id, row.fields, reason=str(error).removeprefix("texts[0]: "))
         return row
 
-    def _rejected(self, row: InputRow, rejects: list[bytes]) -> bool:
+    def _note_rejected(self, row: InputRow, rejects: list[bytes]) -> None:
         if row.reason:
             shown = _json(row.fields) if row.line is None else row.line
             rejects.append(_line({"id": row.id, "reason": row.reason, "row": shown[:_SHOWN]}))
-        return bool(row.reason)
 
-    def _generated(self, rows: list[InputRow], counts: dict[str, int]) -> bytes:
+    def _generated(self, window: list[InputRow], counts: dict[str, int]) -> bytes:
+        """The lines of the rows of a window that can be read; empty where there is none."""
+        rows = [row for row in window if not row.reason]
+        if not rows:
+            return b""
         options = self.job.options
         # Rows of like length stand together; the output keeps the input's order.
         order = sorted(range(len(rows)), key=lambda at: len(rows[at].source))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dlmone_fast.comparison.measure import Measuring
-from dlmone_fast.comparison.quality import GRAMMAR, TEXT, Quality
+from dlmone_fast.comparison.quality import Quality, quality_of
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.files import write_atomically
@@ -65,7 +65,7 @@ class Comparison(Measuring):
         self.teacher = self._teacher()
         super().__init__(
             load_rows(workspace.data_dir, "test", limit=evaluation.rows),
-            GRAMMAR if self.config.is_grammar else TEXT,
+            quality_of(self.config.data.task),
             self.student.normalize_text,
             seed=self.config.seed,
             batch_size=evaluation.batch_size,
@@ -98,7 +98,9 @@ class Comparison(Measuring):
         return Measured(system, steps, rows * candidates, scores, seconds)
 
     def reference_rows(self) -> list[Measured]:
-        """The source as output, and the reference as output."""
+        """The source as output, and the reference as output, where the task has such rows."""
+        if not self.quality.baselines:
+            return []
         copies = [[text] for text in self.sources]
         references = [[text] for text in self.references]
         return [
@@ -211,6 +213,8 @@ def _notes(
         f"out, batch 1, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{comparison.student.precision}."
     ]
+    if quality.note:
+        notes.append(quality.note)
     base, total = _baseline(measured), comparison.student.denoiser.schedule.num_timesteps
     if base is not None and student.seconds:
         notes.append(

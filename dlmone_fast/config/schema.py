@@ -363,6 +363,11 @@ class Config(Section):
                 "distill.selection_metric = 'word_accuracy' belongs to data.task = 'g2p', got "
                 f"{metric!r} and {self.data.task!r}; set both, or neither"
             )
+        if metric == "word_accuracy" and self.distill.selection_max_self_bleu < 1:
+            raise ConfigError(
+                "distill.selection_max_self_bleu must be 1 with 'word_accuracy', got "
+                f"{self.distill.selection_max_self_bleu:g}: phonemes have no self-BLEU"
+            )
 
     def _check_ingredients(self) -> None:
         share = self.teacher.self_conditioning_share

@@ -48,6 +48,10 @@ class CandidateModel(Protocol):
         """
         ...
 
+    def check_prompt(self, prompt: str, on_overflow: str = "error") -> None:
+        """Raise PromptError for a text that `generate_candidates` would refuse."""
+        ...
+
     def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
         """Ids of a pair, cut together to the sequence length as DiffuSeq does."""
         ...

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dlmone_fast.data.rows import Row, load_rows
-from dlmone_fast.errors import UsageError
+from dlmone_fast.data.rows import Row, find_split, load_rows
+from dlmone_fast.errors import DataError, PromptError, UsageError
 from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
 from dlmone_fast.evaluation.generations import read_generations, write_generations
+from dlmone_fast.evaluation.pronunciation import score_pronunciations
 from dlmone_fast.evaluation.protocol import CandidateBatch, CandidateModel
 from dlmone_fast.evaluation.scores import score_generations
 from dlmone_fast.evaluation.seeds import MAX_SEED, row_seeds
+from dlmone_fast.tasks import g2p
 
 # (sources, candidates of each source) -> the entry `exact` of the result.
 ExactMetrics = Callable[[list[str], list[list[str]]], dict[str, Any]]
@@ -45,6 +48,7 @@ def evaluate_model(
     on_overflow: str = "truncate",
     joint_truncation: bool = False,
     exact: ExactMetrics | None = None,
+    task: str | None = None,
     generations_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -68,15 +72,19 @@ def evaluate_model(
             as it does, from the decoder's arg-max without a cut at the first [SEP].
         exact: task metrics that get the sources and each source's candidates; what they return
             becomes the entry `exact`.
+        task: "g2p" scores phonemes against all references of a word, instead of text; None: the
+            task that the model was trained on, where it says so.
         generations_dir: also write one file per candidate there, in DiffuSeq's format.
 
     Returns:
         The dictionary of `score_generations`, with `baselines` (`copy` and `reference`: the same
         scores of the source and of the reference as output) and `run` (settings, row count,
         truncated sources, seconds; device, precision and backend of a model that tells them).
+        For the task g2p that of `score_pronunciations`, with `run`.
 
     Raises:
-        UsageError: an argument out of range; DataError: rows that cannot be read.
+        UsageError: an argument out of range, or one that the task has no use for.
+        DataError: rows that cannot be read, by us or by the model.
     """
     if not hasattr(model, "generate_candidates"):
         raise UsageError(
@@ -88,7 +96,11 @@ def evaluate_model(
     _check_range("max_rows", max_rows, 0, MAX_SEED)
     check_resamples(bootstrap)
     _check_range("seed", seed, 0, MAX_SEED)
+    task = str(getattr(model, "task", "")) if task is None else task
+    if task == g2p.TASK:
+        _refuse_text_options(mbr, joint_truncation, bertscore_model, exact)
     pairs = _rows(data_dir, rows, split, max_rows)
+    where = "rows" if data_dir is None else str(find_split(Path(data_dir), split))
     encoded = None
     if joint_truncation:
         cut = [model.encode_jointly(row.src, row.trg) for row in pairs]
@@ -97,21 +109,25 @@ def evaluate_model(
             [model.decode_text(ids) for ids in side] for side in zip(*cut, strict=True)
         )
     else:
-        sources = [model.normalize_text(row.src) for row in pairs]
-        references = [model.normalize_text(row.trg) for row in pairs]
-    batch = model.generate_candidates(
-        [row.src for row in pairs],
-        num_candidates=num_candidates,
-        steps=steps,
-        seeds=row_seeds(seed, len(pairs)),
-        batch_size=batch_size,
-        sampler=sampler,
-        temperature=temperature,
-        on_overflow=on_overflow,
-        progress=progress,
-        encoded=encoded,
-        decode="diffuseq" if joint_truncation else "clean",
-    )
+        with _naming_the_row(model, pairs, where, on_overflow):
+            sources = [model.normalize_text(row.src) for row in pairs]
+        # The phonemes of a word are compared as they are, whatever letters the model reads.
+        spoken = task == g2p.TASK
+        references = [row.trg if spoken else model.normalize_text(row.trg) for row in pairs]
+    with _naming_the_row(model, pairs, where, on_overflow):
+        batch = model.generate_candidates(
+            [row.src for row in pairs],
+            num_candidates=num_candidates,
+            steps=steps,
+            seeds=row_seeds(seed, len(pairs)),
+            batch_size=batch_size,
+            sampler=sampler,
+            temperature=temperature,
+            on_overflow=on_overflow,
+            progress=progress,
+            encoded=encoded,
+            decode="diffuseq" if joint_truncation else "clean",
+        )
     candidates = [list(column) for column in zip(*batch.texts, strict=True)]
     if generations_dir is not None:
         for index, texts in enumerate(candidates):
@@ -122,7 +138,10 @@ def evaluate_model(
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
         "temperature": temperature, **_how_it_runs(model),
     }  # fmt: skip
-    return _scored(sources, references, candidates, options, {**settings, **_cost(batch)})
+    run = {**settings, **_cost(batch)}
+    if task == g2p.TASK:
+        return _pronounced([row.references for row in pairs], batch.texts, options, run)
+    return _scored(sources, references, candidates, options, run)
 
 
 def evaluate_generations(
@@ -135,23 +154,29 @@ def evaluate_generations(
     bertscore_model: str | None = None,
     bertscore_layer: int | None = None,
     exact: ExactMetrics | None = None,
+    task: str = "",
 ) -> dict[str, Any]:
     """Score DiffuSeq's generation files, one a seed; returns what `evaluate_model` does.
 
+    A row of these files has one reference, also for the task g2p.
+
     Raises `DataError` for files that are malformed or do not hold the same rows.
     """
+    if task == g2p.TASK:
+        _refuse_text_options(mbr, False, bertscore_model, exact)
     _check_range("max_rows", max_rows, 0, MAX_SEED)
     _check_range("seed", seed, 0, MAX_SEED)
     check_resamples(bootstrap)
     texts = read_generations(paths)
     first = slice(max_rows or None)
-    return _scored(
-        texts.sources[first],
-        texts.references[first],
-        [column[first] for column in texts.candidates],
-        _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact),
-        {"files": [os.fspath(path) for path in paths]},
-    )
+    references = texts.references[first]
+    candidates = [column[first] for column in texts.candidates]
+    options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
+    run = {"files": [os.fspath(path) for path in paths]}
+    if task == g2p.TASK:
+        of_words = [list(row) for row in zip(*candidates, strict=True)]
+        return _pronounced([(text,) for text in references], of_words, options, run)
+    return _scored(texts.sources[first], references, candidates, options, run)
 
 
 @dataclass(frozen=True)
@@ -187,14 +212,68 @@ def _scored(
         result["exact"] = options.exact(
             sources, [list(row) for row in zip(*candidates, strict=True)]
         )
-    result["run"] = {
-        "rows": len(sources),
-        "num_candidates": len(candidates),
+    result["run"] = _run_entry(len(sources), len(candidates), options, run)
+    return result
+
+
+def _pronounced(
+    references: Sequence[Sequence[str]],
+    candidates: list[list[str]],
+    options: _ScoreOptions,
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """Scores of the candidates [n][m] of n words."""
+    result = score_pronunciations(
+        references, candidates, bootstrap=options.bootstrap, seed=options.seed
+    )
+    result["run"] = _run_entry(len(candidates), len(candidates[0]), options, run)
+    return result
+
+
+def _run_entry(
+    rows: int, candidates: int, options: _ScoreOptions, run: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "rows": rows,
+        "num_candidates": candidates,
         "seed": options.seed,
         "bootstrap": options.bootstrap,
         **run,
     }
-    return result
+
+
+def _refuse_text_options(
+    mbr: bool, joint_truncation: bool, bertscore_model: str | None, exact: ExactMetrics | None
+) -> None:
+    """Refuse what phonemes have no use for."""
+    for name, given in (
+        ("mbr", mbr),
+        ("joint_truncation", joint_truncation),
+        ("bertscore_model", bertscore_model),
+        ("exact", exact),
+    ):
+        if given:
+            raise UsageError(
+                f"{name}: is for tasks whose targets are text; leave it out for the task "
+                f"{g2p.TASK!r}, or name another --task"
+            )
+
+
+@contextmanager
+def _naming_the_row(
+    model: CandidateModel, rows: Sequence[Row], where: str, on_overflow: str
+) -> Iterator[None]:
+    """Turn the refusal of a source into a DataError that names its line."""
+    try:
+        yield
+    except PromptError:
+        for row in rows:
+            try:
+                model.check_prompt(row.src, on_overflow)
+            except PromptError as error:
+                reason = str(error).removeprefix("texts[0]: ")
+                raise DataError(f"{where}, line {row.line}: {reason}") from error
+        raise
 
 
 def _rows(

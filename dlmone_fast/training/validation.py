@@ -18,7 +18,7 @@ from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
-from dlmone_fast.tasks import grammar
+from dlmone_fast.tasks import g2p, grammar
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.workspace import Workspace
 
@@ -26,6 +26,7 @@ _LOSS_ROWS = 256
 _SHOWN = 3
 _DIVERSITY_ROWS = 64
 _DIVERSITY_CANDIDATES = 4
+_PRONUNCIATIONS = 5
 
 
 class Validator:
@@ -45,8 +46,15 @@ class Validator:
         return Generator(denoiser, self.workspace.tokenizer, settings)
 
     def scores(self, denoiser: Denoiser) -> dict[str, float]:
-        """Scores of a student, with the collapse diagnostics, and the grammar's exact ones."""
+        """Scores of a student, with the collapse diagnostics, and the grammar's exact ones.
+
+        Of pronunciations: `wer`, `per`, `oracle_wer`, `word_accuracy` and `distinct`, alone.
+        """
         generator = self.generator(denoiser, "student")
+        if self.config.data.task == g2p.TASK:
+            spoken = self._generated(generator, self._sources, _PRONUNCIATIONS)
+            found = g2p.score([row.references for row in self.rows], spoken)
+            return {name: value for name, value in found.items() if isinstance(value, float)}
         several = self.config.is_grammar
         n = _DIVERSITY_CANDIDATES if several else 1
         texts = self._generated(generator, self._sources, n)

@@ -26,7 +26,7 @@ from dlmone_fast.aligned_tokenizer import AlignedTokenizer, read_tokenizer
 from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
-from dlmone_fast.errors import CheckpointError, ConfigError, DataError
+from dlmone_fast.errors import CheckpointError, ConfigError, DataError, PromptError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
@@ -195,6 +195,8 @@ def _opened(
     if tokenizer is None:
         tokenizer = _tokenizer(config, root, data_dir)
     config = with_vocabulary(config, tokenizer)
+    if isinstance(tokenizer, AlignedTokenizer):
+        _check_words(data_dir, tokenizer)
     timestep_window(config)
     _check_same_run(root, config)
     with writing(root / "config.toml"):
@@ -290,6 +292,22 @@ def _tokenizer(config: Config, root: Path, data_dir: Path) -> TextTokenizer:
     if not saved.exists():
         tokenizer.save(saved)
     return tokenizer
+
+
+def _check_words(data_dir: Path, tokenizer: AlignedTokenizer) -> None:
+    """Refuse words that are to be scored and cannot be read, now rather than after training."""
+    for split in ("valid", "test"):
+        try:
+            path = find_split(data_dir, split)
+        except DataError:
+            # What is missing is told by what needs it.
+            continue
+        for row in read_rows(path):
+            try:
+                tokenizer.encode([row.src])
+            except PromptError as error:
+                reason = str(error).removeprefix("texts[0]: ")
+                raise DataError(f"{path}, line {row.line}: {reason}") from error
 
 
 def find_vocabulary(name: str, data_dir: Path) -> Path:
