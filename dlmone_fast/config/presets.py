@@ -146,6 +146,7 @@ def _g2p() -> Config:
             source="aligned",
             seq_len=48,
             source_positions=24,
+            source_window=5,
             max_positions=24,
             embedding_dim=32,
             time_dim=64,

@@ -48,6 +48,8 @@ class ModelConfig(Section):
     source_positions: int = 0
     """Positions kept for the source and its separators, where the target always begins; 0: it
     follows the source at once, as in DiffuSeq. masked and aligned sources need a number."""
+    source_window: int = 1
+    """An aligned source's symbols that a slot is given at once, its own in the middle; odd."""
     self_conditioning: bool = False
     """A teacher also reads its own last prediction of x_0, through a projection of its own."""
 
@@ -61,6 +63,7 @@ class ModelConfig(Section):
         within(self, self.longest_part, 1 << 16, "max_positions")
         within(self, 0.1, 16, "noise_scale")
         within(self, 0, self.seq_len - 2, "source_positions")
+        within(self, 1, 31, "source_window")
         if self.source_positions in (1, 2):
             raise ConfigError(
                 "source_positions must be 0, or hold [CLS] [SEP] [SEP] at least: 3, got "
@@ -82,6 +85,11 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"source_positions must be set with source = {self.source!r}: the most tokens of a "
                 "source, got 0"
+            )
+        if self.source_window % 2 == 0 or (self.source_window > 1 and self.source != "aligned"):
+            raise ConfigError(
+                "source_window must be odd, and 1 where the source is not aligned, got "
+                f"{self.source_window} with source = {self.source!r}"
             )
         if self.source == "aligned" and self.seq_len != 2 * self.source_positions:
             raise ConfigError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dlmone_fast.config import ModelConfig
 from dlmone_fast.networks.embedding import time_features
@@ -43,7 +44,7 @@ class Backbone(nn.Module):
             self.estimate_projection = nn.Linear(d, hidden, bias=False)
             nn.init.zeros_(self.estimate_projection.weight)
         if config.source == "aligned":
-            self.source_projection = nn.Linear(d, hidden, bias=False)
+            self.source_projection = nn.Linear(config.source_window * d, hidden, bias=False)
         elif config.source == "masked":
             self.part = nn.Embedding(2, hidden)
             nn.init.zeros_(self.part.weight)
@@ -91,7 +92,8 @@ class Backbone(nn.Module):
         if self.config.source == "aligned":
             slots = x_t.shape[1] // 2
             source = x_t[:, slots:]
-            projected = self.input_projection(x_t[:, :slots]) + self.source_projection(source)
+            read = windows(source, self.config.source_window)
+            projected = self.input_projection(x_t[:, :slots]) + self.source_projection(read)
             attended: Tensor | None = present(source)
             estimate = None if estimate is None else estimate[:, :slots]
         else:
@@ -118,6 +120,15 @@ class Backbone(nn.Module):
         # Differences of two predictions make the SiD loss: bfloat16 would cancel them away.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.output_projection(hidden.to(torch.float32))
+
+
+def windows(x: Tensor, size: int) -> Tensor:
+    """Each position of x [B, L, d] beside its neighbours: [B, L, size · d], zeros at the ends."""
+    if size == 1:
+        return x
+    length, side = x.shape[1], size // 2
+    padded = F.pad(x, (0, 0, side, side))
+    return torch.cat([padded[:, i : i + length] for i in range(size)], -1)
 
 
 def present(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from dlmone_fast.runtime.engines import EngineRequest, make_engine
 
 MASKED: dict[str, Any] = {"source": "masked", "seq_len": 20, "source_positions": 12}
 ALIGNED: dict[str, Any] = {"source": "aligned", "seq_len": 20, "source_positions": 10}
-KINDS = [MASKED, ALIGNED]
+WINDOWED = {**ALIGNED, "source_window": 5}
+KINDS = [MASKED, ALIGNED, WINDOWED]
 CLS, SEP = 2, 3
 
 
@@ -38,20 +39,20 @@ def inputs(model: Denoiser, lengths: list[int], full: bool = False) -> torch.Ten
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned"])
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
 def test_a_row_does_not_see_the_length_of_its_batch(kind: dict[str, Any], norm: str) -> None:
     model = tiny.denoiser(norm=norm, **kind)
     slots = model.config.slots_of
     alone = model(inputs(model, [3]), 30)
     beside = model(inputs(model, [3, 8]), 30)
     full = model(inputs(model, [3, 8], full=True), 30)
-    generated = 3 if kind is ALIGNED else slots(alone.shape[1])
+    generated = 3 if kind is not MASKED else slots(alone.shape[1])
     assert alone.shape[1] < full.shape[1]
     torch.testing.assert_close(alone[0, :generated], beside[0, :generated], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(full[0, :generated], beside[0, :generated], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned"])
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
 def test_the_source_is_read(kind: dict[str, Any]) -> None:
     model = tiny.denoiser(**kind)
     x = inputs(model, [4])
@@ -62,7 +63,7 @@ def test_the_source_is_read(kind: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned"])
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
 @pytest.mark.parametrize("backend", ["eager", "openvino"])
 def test_engines_compute_what_the_network_does(
     backend: str, kind: dict[str, Any], norm: str
@@ -89,7 +90,7 @@ def test_what_bf16_training_computes_is_what_attention_is() -> None:
     torch.testing.assert_close(attention(q, k, v, attended).float(), expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned"])
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
 def test_scores_and_logits_are_zero_behind_the_slots(kind: dict[str, Any]) -> None:
     model = tiny.denoiser(**kind)
     score = ScoreEstimator(model.lm.backbone)
@@ -103,7 +104,7 @@ def test_scores_and_logits_are_zero_behind_the_slots(kind: dict[str, Any]) -> No
     assert logits[:, :first].any()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned"])
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
 def test_cutting_and_filling_undo_each_other(kind: dict[str, Any]) -> None:
     sizes = ModelConfig(vocab_size=65, max_positions=32, **kind)
     ids, mask, _ = sources_in_slots(encoded([3, 5]), sizes, 0)
@@ -122,7 +123,7 @@ def test_an_empty_position_is_no_token() -> None:
     assert pad.any()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned"])
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
 def test_long_sources_are_refused_or_cut_and_counted(kind: dict[str, Any]) -> None:
     sizes = ModelConfig(vocab_size=65, max_positions=32, **kind)
     too_long = encoded([11])

@@ -56,9 +56,6 @@ def test_a_run_ends_with_a_student_whose_texts_do_not_depend_on_their_batch(
         prompts = [row.src for row in dlmone_fast_rows(result.workspace.data_dir)]
     together = model.generate(prompts, batch_size=7, seed=3)
     assert together == [model.generate(prompt, seed=3) for prompt in prompts]
-    if make is aligned:
-        sounds = {sound for row in words.pairs() for sound in row[1].upper().split()}
-        assert {sound for text in together for sound in text.split()} <= sounds
 
 
 def dlmone_fast_rows(folder: Path) -> Any:

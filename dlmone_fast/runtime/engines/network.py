@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dlmone_fast.kernels.blocks import WIDEST_NORM, add_layer_norm, input_layer_norm
 from dlmone_fast.models.denoiser import Denoiser
-from dlmone_fast.networks.backbone import Backbone, at_length, present
+from dlmone_fast.networks.backbone import Backbone, at_length, present, windows
 from dlmone_fast.networks.embedding import time_features
 from dlmone_fast.networks.layers import LAYER_NORM_EPS, Block
 from dlmone_fast.runtime.engines.linear import Linear
@@ -137,7 +137,8 @@ class InferenceNetwork:
             attended = present(source)
             estimate = None if estimate is None else estimate[:, :slots]
             projected = self._projected(x_t[:, :slots], estimate)
-            projected = projected + F.linear(source.to(self.dtype), self._source)
+            read = windows(source.to(self.dtype), self.config.source_window)
+            projected = projected + F.linear(read, self._source)
         x0 = self._x0(projected, time, slice(first_position, slots), attended)
         return at_length(x0, length - first_position)
 

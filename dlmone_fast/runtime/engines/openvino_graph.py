@@ -71,7 +71,8 @@ class _Operations:
             slots, source = self.library.split(x_t, 1, 2).outputs()
             h = self.projection(slots, project, "input_projection")
             weight = self.weight(backbone.source_projection.weight)
-            h = self.add(h, self.library.matmul(source, weight, False, True))
+            read = self.windows(source, config.source_window)
+            h = self.add(h, self.library.matmul(read, weight, False, True))
             attended = self.present(source)
         else:
             h = self.projection(x_t, project, "input_projection")
@@ -85,6 +86,18 @@ class _Operations:
         """Whether each position of x [B, L, d] holds anything, [B, L]."""
         largest = self.library.reduce_max(self.library.absolute(x), [-1])
         return self.library.greater(largest, np.float32(0))
+
+    def windows(self, x: Any, size: int) -> Any:
+        """Each position of x [B, L, d] beside its neighbours, zeros at the ends."""
+        if size == 1:
+            return x
+        side, zero = size // 2, np.float32(0)
+        padded = self.library.pad(x, [0, side, 0], [0, side, 0], "constant", zero)
+        shifted = [
+            self.library.slice(padded, [i], self.add(self.length(x), np.int64(i)), [1], [1])
+            for i in range(size)
+        ]
+        return self.library.concat(shifted, -1)
 
     def length(self, x: Any) -> Any:
         """Positions of x [B, L, …], as one number."""
