@@ -1,6 +1,6 @@
 """Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
 
-pytest benchmarks --benchmark-only [-k kernels|generate|alternatives|latency|scaling|training]
+pytest benchmarks --benchmark-only [-k kernels|test_generate|alternatives|latency|scaling|training]
     [--full] [--device cpu|cuda] [--save-records]
 """
 
@@ -16,11 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate_targets, latency_study, records, tables, targets
-from benchmarks.floors import Machine, measure_machine
-from benchmarks.race import Race
-from benchmarks.timing import Stopwatch, WallClock
-from benchmarks.trained import TrainedGate
+from benchmarks.generate import latency
+from benchmarks.generate import targets as generate_targets
+from benchmarks.generate.trained import TrainedGate
+from benchmarks.harness import records
+from benchmarks.harness.floors import Machine, measure_machine
+from benchmarks.harness.race import Race
+from benchmarks.harness.targets import judge
+from benchmarks.harness.timing import Stopwatch, WallClock
+from benchmarks.kernels import targets as kernel_targets
+from benchmarks.report import tables
+from dlmone_fast.release.environment import device_name
 
 # Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
 _SHORT_SECONDS = 0.02
@@ -93,7 +99,7 @@ def machine(
     request: pytest.FixtureRequest, device: torch.device, stopwatch: Stopwatch
 ) -> Machine:  # fmt: skip
     """What the device can do, measured once a run."""
-    found = measure_machine(device, records.device_name(device), stopwatch)
+    found = measure_machine(device, device_name(device), stopwatch)
     request.config.stash[_MACHINE] = found
     return found
 
@@ -139,8 +145,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     device = config.stash[_DEVICE]
     judged = [
         outcome
-        for suite in (targets.TARGETS, generate_targets.TARGETS, latency_study.TARGETS)
-        for outcome in targets.judge(rows, device.type, found.copy, suite)
+        for suite in (kernel_targets.TARGETS, generate_targets.TARGETS, latency.TARGETS)
+        for outcome in judge(rows, device.type, found.copy, suite)
     ]
     record = records.record(device, found.record(), rows, judged, config.stash[_LOAD])
     terminalreporter.section("dlmone_fast beside its peers")

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
-from benchmarks.pages import replace_section, where_measured
+from benchmarks.harness import records
+from benchmarks.report.sections import replace_section, where_measured
 from dlmone_fast.cli import run_command
 from dlmone_fast.errors import DataError
 from dlmone_fast.evaluation.table import Table
