@@ -1,12 +1,14 @@
 """Tests and benchmarks on a GPU, by part: `OUT=folder python -m benchmarks.gpu_session kernels`.
 
-A part takes ten minutes. The parts are `kernels`, `generate`, `latency`, `alternatives`, `scaling` and `training`. Each
-builds the extension in place, runs the tests of its part and, where CUDA's compute-sanitizer is
-installed, the CUDA kernels' tests under it, then times every kernel, generation as a whole beside
-other libraries, the latency study, autoregressive models, generation against batch, length and so
-on, or training steps. Each step has a log in $OUT (default: gpu-session) and a limit of its own;
-one that fails or is cut off stops none of the others. $OUT/summary.json has the outcome of each.
-Needs no network and nothing installed but torch, pytest and, for the benchmarks, pytest-benchmark.
+A part takes ten minutes. It builds the extension in place, runs its tests (those of CUDA kernels
+also under CUDA's compute-sanitizer, where that is installed), then its benchmarks. The parts:
+`kernels`; `generate`, whole calls beside other libraries; `latency`, the latency study;
+`alternatives`, autoregressive models; `scaling`, whole calls against batch, length and so on;
+`training`, training steps.
+
+Each step has a log in $OUT (default: gpu-session) and a time limit; a step that fails or is cut off
+stops none of the others. $OUT/summary.json has the outcome of each. No network is needed, and
+nothing installed but torch, pytest and, for the benchmarks, pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ PARTS = {
 }
 """Tests of each part, and the benchmarks that run after them."""
 
-# What pytest needs to write its record after it was asked to stop.
+# Seconds that pytest may take to write its record after it was asked to stop.
 _GRACE = 20
 _TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
@@ -103,7 +105,7 @@ def _run(step: Step, limit: float, out: Path) -> Outcome:
     started = time.monotonic()
     with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
         try:
-            # A session of its own: when it is cut off, so is all that it started.
+            # In a session of its own the step is cut off together with all that it started.
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env=_environment(), stdout=log, stderr=log,
                 start_new_session=True,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import records
-from benchmarks.report.sections import replace_section, where_measured
+from benchmarks.harness.sections import replace_section, where_measured
 from benchmarks.training.cases import STEPS
 from benchmarks.training.ranks_model import GPUS, TASKS, Machine, works
 from dlmone_fast.cli import run_command
@@ -32,7 +32,7 @@ from dlmone_fast.release.environment import environment
 PAGE = records.ROOT / "docs" / "scaling.md"
 ROWS = 16
 UPDATES, ROUNDS = 4, 3
-# Processes, rows of a batch: alone, the same batch shared, a batch of twice the size.
+# Processes and rows of a batch: alone, the same batch shared, a batch of twice the size.
 _RUNS = ((1, ROWS), (2, ROWS), (2, 2 * ROWS))
 
 Found = dict[str, dict[str, Any]]
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(updates: int, rounds: int) -> dict[tuple[int, int], Found]:
-    """Of each kind of run every round's seconds, and what an update sends."""
+    """Seconds of every round, and bytes that an update sends, for each kind of run."""
     found: dict[tuple[int, int], Found] = {}
     for number in range(rounds):
         for processes, rows in _RUNS:

@@ -1,7 +1,8 @@
-"""Who writes an answer token by token: the competitors of one step, by device and name.
+"""Autoregressive competitors of one step, by device and name.
 
-All have the layers, width, heads and vocabulary of the case's model, random weights, the same
-tokenizer and the same prompts, and write exactly `NEW_TOKENS` tokens, greedily.
+They write an answer token by token. All have the layers, width, heads and vocabulary of the case's
+model, random weights, the same tokenizer and the same prompts, and write exactly `NEW_TOKENS`
+tokens, greedily.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5, torc
 
 
 class Generation(Protocol):
-    """Prompts' ids to answers' ids, and what a plain pass in fp32 says about each choice."""
+    """Prompts' ids to answers' ids, and the scores of a plain pass in fp32 for each choice."""
 
     @property
     def network(self) -> nn.Module:
@@ -61,7 +62,7 @@ class Generation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A case's model and a folder for files: what competitors are made for.
+    """A case's model and a folder for files, which competitors are made from.
 
     The networks are made once and shared by those that run them.
     """
@@ -206,7 +207,7 @@ ALTERNATIVES: dict[str, dict[str, Alternative]] = {
         ),
     },
 }
-"""By device and by name in the report: what is timed beside one step."""
+"""Competitors of one step, by device and by name in the report."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def _check(call: TextCall, batch: int, alternative: Alternative, known: dict[str
 
 
 def comparable(row: Row, device: torch.device) -> Row:
-    """Without what is reckoned from our own work, and GPU memory that torch does not see."""
+    """The row without figures that follow from our own work, or GPU memory that torch misses."""
     if row.ours:
         return row
     unseen = device.type == "cuda" and row.implementation.startswith(CTRANSLATE2)

@@ -1,8 +1,8 @@
-"""What one would use instead of a diffusion LM: a decoder that writes one token after another.
+"""An autoregressive decoder, the usual alternative to a diffusion LM, in plain PyTorch.
 
-A pre-norm decoder of GPT-2's form with a key-value cache of fixed size, in plain PyTorch. Weights
-are random: time does not depend on them. Generation is greedy and always of `NEW_TOKENS` tokens:
-the end of the text is never chosen.
+It is pre-norm, of GPT-2's form, with a key-value cache of fixed size. Weights are random, because
+time does not depend on them. Generation is greedy and always of `NEW_TOKENS` tokens: the end of the
+text is never chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POSITIONS = 128
 """Prompt and answer together are at most so long."""
 
 WEIGHT_STD = 0.05
-"""Of random weights: wide enough that what is written depends on what was read."""
+"""Spread of random weights, wide enough that an answer depends on its prompt."""
 
 Ids = Sequence[Sequence[int]]
 
@@ -200,7 +200,7 @@ class CachedGreedy:
             if i + 1 < NEW_TOKENS:
                 slot += 1
                 if self._compiled:
-                    # What a CUDA graph returns lies where the next one writes.
+                    # A CUDA graph writes its result where the one before it wrote its own.
                     token = token.clone()
                     torch.compiler.cudagraph_mark_step_begin()
                 token = self._step(token, slot, *around)
@@ -237,7 +237,7 @@ class CachedGreedy:
 
 
 def complaint(answers: Ids, exact: Tensor, tolerance: float) -> str | None:
-    """None, or what is wrong with greedy answers.
+    """The fault of greedy answers; None: they are right.
 
     That every token is the best one after those before it is what greedy generation without a
     cache gives, by induction; a near tie may fall either way.

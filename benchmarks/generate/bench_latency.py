@@ -54,7 +54,7 @@ def test_latency(
     wrong = study.disagreement(model)
     assert wrong is None, wrong
     systems, calls, fields = _systems(model, shape.steps, gate)
-    # What other numbers of calls are derived from has to be sure of itself.
+    # Other numbers of calls are derived from this one, so it takes more samples.
     fewest = _FEWEST_DERIVED_FROM if shape.derive and not shape.full else 1
     runs = replace(
         whole, seconds_each=_SECONDS_FULL if full else _SECONDS,

@@ -28,7 +28,7 @@ _SECONDS_EACH = 0.3
 
 @pytest.mark.shapes(cases.POINTS)
 def test_scaling(whole: Race, shape: Point, device: torch.device, gate: TrainedGate) -> None:
-    """Time at one value of what is varied; of candidates, with the choice of one of them."""
+    """Time at one value of an axis; several candidates include the choice of one of them."""
     case, model = shape.case, cases.model(shape.case.config, device)
     with _threads(shape.threads):
         lineup = Lineup(model, case.batch, gate)

@@ -1,4 +1,4 @@
-"""Several candidates of one prompt and the choice of one: by us, and as one writes it.
+"""Several candidates of one prompt and the choice of one, by this package and in plain code.
 
 A choice by minimum Bayes risk keeps the candidate with the largest summed BLEU against the others.
 The plain way is a batch of copies of the prompt and sacreBLEU for every ordered pair; this package
@@ -43,7 +43,7 @@ def candidate_calls(own: Own, plain: Peer, count: int) -> tuple[Call, Call]:
 
 
 def complaint(own: Own, found: GenerationOutput, expected: Sequence[str]) -> str:
-    """What is wrong with our candidates and the one kept of them; "": nothing."""
+    """The fault of our candidates or of the one kept; "": there is none."""
     candidates, kept = found.candidates[0], found.texts[0]
     if len(candidates) != len(expected):
         return f"{len(candidates)} candidates came"

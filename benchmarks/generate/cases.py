@@ -2,8 +2,8 @@
 
 Models are random, a function of a seed, except for their last layer: it is fitted so that outputs
 lie near embeddings, as a trained model's do. Rounding then finds clear choices and the text ends,
-as in use; with random outputs near ties would be the rule. What such a model says about quality
-is little: every prompt gets nearly the same answer.
+as in use; with random outputs near ties would be the rule. Such a model is no measure of quality:
+every prompt gets nearly the same answer.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class Model:
 
     Attributes:
         texts: so many prompts for it.
-        calibration: what int8 is calibrated on. Few prompts for random models: what a call costs
-            does not depend on them, and each costs many calls.
+        calibration: prompts that int8 is calibrated on. They are few for random models: the time
+            of a call does not depend on them, and each of them costs many calls.
     """
 
     denoiser: Denoiser
@@ -180,7 +180,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a call's network sees: x_t [B, L, d], and everything around it.
+    """A call's network inputs, x_t [B, L, d], and everything around them.
 
     Attributes:
         ids, mask: int64 [B, L], on the CPU; the mask is 0 on source positions.

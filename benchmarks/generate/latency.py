@@ -84,7 +84,7 @@ TARGETS = tuple(
            own=f"{OURS} eager fp32, 1 step")
     for device in CASES
 )  # fmt: skip
-"""The paper's own ratio, on one engine and precision: what is left is the method's."""
+"""The paper's own ratio, on one engine and precision, so that it is the method's alone."""
 
 
 def steps_of(steps: int) -> str:
@@ -137,7 +137,7 @@ class Published:
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """The same samplers in this package: its noise and its rounding, the network in PyTorch."""
+    """This package's samplers, with its noise and its rounding; the network in PyTorch."""
 
     model: Model
     precision: str = "fp32"
@@ -165,7 +165,7 @@ class Sampler:
 
 @functools.lru_cache(maxsize=2)
 def disagreement(model: Model) -> str | None:
-    """What is wrong with our sampler beside the published one, on the same noise; None: nothing.
+    """The fault of our sampler beside the published one, on the same noise; None: there is none.
 
     A few strided steps, whose samples stay near the noise that they start from; and the rounding,
     which hardly shows in those, by itself.
@@ -215,7 +215,7 @@ def derived(few: Row, one: Row | None, steps: int, system: str) -> Row:
 
 def expected_seconds(known: Mapping[str, Row], systems: Mapping[str, str], steps: int
                      ) -> dict[str, float]:  # fmt: skip
-    """What runs will take, where the case's rows so far tell.
+    """Seconds that runs will take, where the case's rows so far tell.
 
     Args:
         known: rows by implementation.

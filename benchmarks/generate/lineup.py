@@ -1,4 +1,4 @@
-"""The implementations of one case: checked against fp32 on the same noise, then ready to time."""
+"""The implementations of one case, checked against fp32 on the same noise and ready to time."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ Ids = Sequence[Sequence[int]]
 
 
 class Gate(Protocol):
-    """What a lower precision must pass before it is timed."""
+    """A check that a lower precision must pass before it is timed."""
 
     def agreement(self, contender: Own | Peer) -> float | None:
         """The share of a trained model's tokens that are fp32's."""
 
     def complaint(self, contender: Own | Peer) -> str:
-        """Why the implementation must not be timed; "": it may."""
+        """The reason not to time the implementation; "": there is none."""
 
 
 @dataclass
 class Lineup:
-    """The implementations of a case that give the right answers, and what is known of all.
+    """The implementations of a case that answer right, and the fields of all of them.
 
     Attributes:
         model, batch: the case.

@@ -45,7 +45,7 @@ class Own:
 
     @property
     def absent(self) -> str:
-        """Why it cannot run here; "": it can, or its first call tells."""
+        """The reason why it cannot run here; "": it can, or its first call tells."""
         on_cpu = self.model.device.type == "cpu"
         if on_cpu and self.precision == "bf16" and not cpu_has_bf16():
             return NO_BF16

@@ -1,8 +1,8 @@
-"""What one would use without this package's runtime: whole calls around other libraries' networks.
+"""Whole calls around the same network, run by other libraries.
 
 Every peer has the same weights, the same tokenizer and layout of prompts, and one plain way around
-its network: `torch.randn`, a product with the whole table, arg-min. `PEERS` is all there is to say
-about each; a library that cannot be imported is named with the reason.
+its network: `torch.randn`, a product with the whole table, arg-min. `PEERS` describes each; a
+library that cannot be imported is named with the reason.
 """
 
 from __future__ import annotations
@@ -114,20 +114,20 @@ def _compiled_argmin() -> Rounding:
 
 
 def missing(*packages: str) -> str:
-    """Which of the packages cannot be imported, as a reason; "": all can."""
+    """The packages that cannot be imported, as a reason; "": all can."""
     found = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"{' and '.join(found)} not installed" if found else ""
 
 
 def why_absent(device: torch.device, dtype: torch.dtype, packages: Sequence[str]) -> str:
-    """Why what needs these packages and computes in `dtype` cannot run; "": it can."""
+    """The reason why packages or `dtype` keep an implementation from running; "": none does."""
     if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
         return NO_BF16
     return missing(*packages)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 itself; without, a library only imitates it."""
+    """True if the CPU multiplies in bf16 itself; otherwise a library only imitates it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -224,7 +224,7 @@ def _openvino(path: Path) -> Network:
 
 @dataclass(frozen=True)
 class Entry:
-    """How one library runs a model's network.
+    """One library's way to run a model's network.
 
     Attributes:
         make: the network of a model and of its exported file.
@@ -270,7 +270,7 @@ PEERS: dict[str, dict[str, Entry]] = {
         ),
     },
 }
-"""By device and by name in the report: what is timed around the same network."""
+"""Libraries that are timed around the same network, by device and by name in the report."""
 
 
 def peers(model: Model, folder: Path) -> list[Peer]:

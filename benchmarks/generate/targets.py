@@ -1,4 +1,4 @@
-"""What whole calls of `generate` are to reach beside their peers, and the peers' names."""
+"""Targets of whole calls of `generate`, and the names of the peers they are held against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a lower precision says what fp32 says on a trained model: asked before it is timed.
+"""The check of lower precisions on a trained model, before they are timed.
 
 A random network's outputs are nothing like a trained one's, so its agreement would prove nothing.
 The model is the grammar task's student (`benchmarks/data/grammar-student`), its prompts that task's
@@ -63,7 +63,7 @@ class TrainedGate:
         return self._found[contender.name]
 
     def complaint(self, contender: Own | Peer) -> str:
-        """Why the implementation must not be timed; "": it may."""
+        """The reason not to time the implementation; "": there is none."""
         least = LEAST.get(names.precision_of(contender.name))
         if least is None:
             return ""

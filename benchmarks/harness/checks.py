@@ -1,4 +1,4 @@
-"""What a result must be before its time is taken."""
+"""Checks that a result must pass before its time is taken."""
 
 from __future__ import annotations
 

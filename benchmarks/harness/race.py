@@ -29,10 +29,10 @@ OURS, EAGER, COMPILED = "dlmone_fast", "eager", "torch.compile"
 
 _SECONDS_EACH = 1.0
 _MOST_ROUNDS, _FEWEST_ROUNDS = 200, 5
-# Shorter calls are timed right after one of the same kind that does not count: the call before
-# was another's, and left its own data in the caches and its own threads awake.
+# Shorter calls are timed right after one of the same kind that does not count: the call before was
+# another implementation's, which left its data in the caches and its threads awake.
 _SHORT_SECONDS = 1e-3
-# A peer this slow says what it has to say in three samples.
+# Slow peers get no more than these samples.
 _FEWEST_SAMPLES = 3
 
 

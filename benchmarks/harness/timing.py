@@ -121,7 +121,7 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     except OSError:
         return None
     finally:
-        # Where the C library's own adjustment ends in a process that uses much memory.
+        # The C library's own adjustment ends here in a process that uses much memory.
         _keep_free_blocks(below=1 << 25)
 
 

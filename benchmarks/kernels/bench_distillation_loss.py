@@ -59,7 +59,7 @@ def _with_gradients(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> 
 
 
 def _exact(inputs: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
-    """The same in fp64 for the first rows."""
+    """Losses and gradients of the first rows in fp64."""
     first = slice(_ROWS_CHECKED)
     rows = tuple(t[first].detach().double().requires_grad_() for t in inputs)
 

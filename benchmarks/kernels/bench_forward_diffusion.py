@@ -42,7 +42,7 @@ def test_forward_diffusion(race: Race, shape: shapes.Shape, device: torch.device
 
 @pytest.mark.shapes(shapes.FORWARD_DIFFUSION)
 def test_forward_diffusion_of_tokens(race: Race, shape: shapes.Shape, device: torch.device) -> None:
-    """The same from ids: x_0 is never in memory."""
+    """x_t [B, 128, 128] of token ids: x_0 is never in memory."""
     table = torch.randn(shapes.VOCABULARY, shape.width, device=device).to(shape.dtype)
     ids = torch.randint(shapes.VOCABULARY, shape.size[:2], device=device)
     alpha, sigma, mask, samples = _inputs(shape, device)

@@ -44,5 +44,5 @@ def linear_cross_entropy(tokens: int, dtype: torch.dtype, words: int = VOCABULAR
 
 
 def elementwise(shape: Shape, passes: int) -> Work:
-    """So many passes over one tensor."""
+    """Passes over one tensor."""
     return Work(passes * shape.bytes)

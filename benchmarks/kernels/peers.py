@@ -1,4 +1,4 @@
-"""What one would use without this package: named implementations to time beside its own.
+"""Other implementations of the operations, to time beside this package's own.
 
 Every function here returns `{name: call}` on inputs that are bound already. A third-party
 package appears where it can be imported. torch.compile compiles at the first call, before
@@ -56,7 +56,7 @@ def matmul_argmin(x: Tensor, table: Tensor, norms: Tensor) -> Tensor:
 
 
 def expression_argmin(x: Tensor, table: Tensor, norms: Tensor) -> Tensor:
-    """The same as an expression, which torch.compile fuses with the search."""
+    """`matmul_argmin` as one expression, which torch.compile fuses with the search."""
     return (norms - 2 * (x @ table.T)).argmin(1)
 
 
@@ -108,7 +108,7 @@ def forward_diffusion(x0: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor) ->
 def forward_diffusion_of_tokens(
     ids: Tensor, table: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor
 ) -> Tensor:
-    """The same from token ids, the embeddings gathered first."""
+    """`forward_diffusion` from token ids, the embeddings gathered first."""
     return forward_diffusion(F.embedding(ids, table), alpha, sigma, mask)
 
 

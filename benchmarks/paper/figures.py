@@ -25,7 +25,7 @@ from dlmone_fast.runtime import Generator
 from dlmone_fast.tasks import paper
 
 CANDIDATES = 10
-# What figures 2 and 4 plot: the tables' metrics of single sentences.
+# Figures 2 and 4 plot the tables' metrics of single sentences.
 SENTENCE_METRICS = METRICS[:4]
 PLOTTED_OF_FRONTIER = tuple(m for m in TEXT_METRICS if m.name in ("bleu", "ibleu", "rouge_l"))
 
@@ -64,7 +64,7 @@ def figure_3(pair: Pair, options: argparse.Namespace, say: Say) -> Figure:
 
 
 def published_points(rows: tuple[paper.PaperRow, ...], task: str, abscissa: str) -> list[Point]:
-    """What the paper's tables state of a task, a curve a model; empty for tasks of others."""
+    """Points that the paper's tables state of a task, a curve a model; empty for other tasks."""
     return [
         Point(
             f"paper: {row.system.partition(',')[0]}",

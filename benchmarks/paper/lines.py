@@ -1,4 +1,4 @@
-"""Lines of a paper's table: the published ones, ours beneath them, and why one of ours is not."""
+"""Lines of a paper's table: the published ones, ours beneath them, and reasons for gaps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ BOOTSTRAP = 1000
 _BATCH_SIZE = 64
 _DIGITS = 4
 
-# What is missing here, and not wrong in the command: the paper's row is printed without ours.
+# Errors for things that are missing here, not wrong in the command: the paper's row is printed
+# without ours.
 NOT_HERE = (BackendUnavailableError, DataError, ModelFileError)
 NOTHING_NAMED = (
     "no model is named; give --run RUN, or --teacher and --student with --data-dir (--help)"
@@ -134,7 +135,7 @@ def _bertscore_note(options: argparse.Namespace) -> str:
 
 
 def measured_note(options: argparse.Namespace, candidates: int) -> str:
-    """How our lines were made, and what there is of BERTScore."""
+    """The note on how our lines were made, and on BERTScore."""
     return (
         f"ours: DiffuSeq's joint truncation, decoding and metrics; {candidates} texts a source, "
         f"seed {options.seed}; n: sources, fewer for long samplers unless --full; ± half of the "
@@ -143,7 +144,7 @@ def measured_note(options: argparse.Namespace, candidates: int) -> str:
 
 
 def named(options: argparse.Namespace) -> bool:
-    """Whether the command names anything to measure."""
+    """True if the command names anything to measure."""
     return any((options.run, options.teacher, options.student, options.data_dir))
 
 

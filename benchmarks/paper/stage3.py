@@ -1,8 +1,8 @@
 """Figure 4: a third stage of distillation, measured while it trains.
 
 It has stage 2's configuration, starts θ from stage 2's student and ψ from the teacher, as each
-stage does, and draws rows and noise of its own. What is measured is θ as it stands, not its moving
-average and not the best so far. The finished run folder is only read.
+stage does, and draws rows and noise of its own. θ is measured as it stands, not its moving average
+and not the best so far. The finished run folder is only read.
 """
 
 from __future__ import annotations

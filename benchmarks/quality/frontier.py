@@ -98,7 +98,7 @@ def score_fields(measuring: Measuring, texts: list[list[str]]) -> dict[str, Any]
 
 
 def scoring_note(pair: Pair, options: argparse.Namespace) -> str:
-    """How the texts were made and scored."""
+    """The note on how the texts were made and scored."""
     return (
         f"{pair.task}: {options.candidates} texts a source, seed {options.seed}; n: texts; ± half "
         "of the 95 % bootstrap interval over sources"

@@ -14,13 +14,13 @@ from dlmone_fast.errors import DataError, ModelFileError, UsageError
 from dlmone_fast.models.manifest import MANIFEST_NAME
 from dlmone_fast.runtime import Generator, load_model
 
-# One backend for every system of a table: what its ratios show is the method's alone.
+# One backend for every system of a table, so that its ratios are the method's alone.
 BACKEND = "eager"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Where a teacher, a student and their data lie; the models are loaded when first used.
+    """Folders of a teacher, a student and their data; the models are loaded when first used.
 
     Attributes:
         teacher, student: model folders; None where there is none.
@@ -53,7 +53,7 @@ class Pair:
 
     @property
     def implementation(self) -> str:
-        """What ran, as rows of records name it."""
+        """The implementation's name in rows of records."""
         return f"dlmone_fast {BACKEND} {self.precision}"
 
     @cached_property
@@ -65,7 +65,7 @@ class Pair:
 
     @property
     def is_grammar(self) -> bool:
-        """Whether the task's texts can be judged exactly."""
+        """True if the task's texts can be judged exactly."""
         return self.task.startswith("grammar")
 
     def rows(self, limit: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The systems of the frontier: which sampler makes how many network calls, and on how many rows."""
+"""The systems of the frontier: samplers, their numbers of network calls, and their rows."""
 
 from __future__ import annotations
 
@@ -68,6 +68,6 @@ def _possible(sampler: str, total: int) -> list[int]:
 
 
 def affordable(calls: int, rows: int, candidates: int, full: bool) -> int:
-    """How many rows a system of so many calls is scored on, with all candidates of each."""
+    """The number of rows that a system of `calls` is scored on, with all candidates of each."""
     texts = max(_FEWEST_TEXTS, (_FULL_ROW_CALLS if full else _ROW_CALLS) // calls)
     return min(rows, -(-texts // candidates))

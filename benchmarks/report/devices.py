@@ -53,7 +53,7 @@ class Device:
 
 
 def devices(folder: Path = records.RESULTS) -> list[Device]:
-    """What the records of each device say; records of an older schema are named on stderr."""
+    """The newest figures of each device; records of an older schema are named on stderr."""
     found = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         read = [_read(record) for record in sorted(path.glob("*.json"), reverse=True)]
@@ -77,7 +77,7 @@ def _is_surer(
     newer: dict[str, Any],
     known: dict[str, Any],
 ) -> bool:
-    """Whether an older record's judgement of a target holds rather than the newer one's."""
+    """True if an older record's judgement of a target holds rather than the newer one's."""
     if target["value"] is None:
         return False
     derived = DERIVED in known["outcome"] and DERIVED not in target["outcome"]

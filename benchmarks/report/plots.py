@@ -1,4 +1,4 @@
-"""Pictures of a report: each function draws one figure from rows, or returns None without any."""
+"""Pictures of a report: each function draws one figure from rows; None where it has none."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _curves(
 
 @_figure
 def scaling(rows: Sequence[Row]) -> Figure | None:
-    """Time of a call against what is varied, a panel an axis."""
+    """Time of a call against batch, length and so on, a panel an axis."""
     prefix = "generate by "
     found = [r for r in rows if r.operation.startswith(prefix) and r.median_ms and r.at]
     operations = list(dict.fromkeys(r.operation for r in found))
@@ -172,7 +172,7 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
 
 @_figure
 def roofline(rows: Sequence[Row]) -> Figure | None:
-    """How near each operation comes to what the machine can do: ours, and the best peer."""
+    """Each operation's share of the machine's floor: ours, and the best peer."""
     timed = [r for r in rows if r.fraction_of_floor and not r.part and r.operation in _ROOFLINE]
     cases = list(dict.fromkeys((r.operation, r.case) for r in timed))
     if not cases:

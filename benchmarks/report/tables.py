@@ -26,7 +26,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def environment(record: Mapping[str, Any]) -> str:
-    """Where, when and with what a record was made, and what to know before believing it."""
+    """A record's device, date and versions, and the reasons to doubt its figures."""
     found, machine = record["environment"], record["machine"]
     versions = {"torch": found["torch"], "CUDA": found["cuda"], "triton": found["triton"],
                 **found["libraries"]}  # fmt: skip
@@ -73,7 +73,7 @@ def case(rows: Sequence[Row], operation: str, name: str) -> str:
 
 
 def targets(judged: Sequence[Mapping[str, Any]]) -> str:
-    """What was to be reached beside what was."""
+    """Targets beside what was measured."""
     table = Table(["target", "measured", "outcome"], "lrl")
     for target in judged:
         table.add(target["target"], number(target["value"], ".3g"), target["outcome"])
@@ -86,7 +86,7 @@ def number(value: float | None, form: str) -> str | None:
 
 
 def ratio(theirs: float | None, ours: float | None, form: str = ".2f") -> str | None:
-    """How many times ours theirs is."""
+    """Theirs over ours."""
     return format(theirs / ours, form) if theirs is not None and ours else None
 
 

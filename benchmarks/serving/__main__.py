@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from benchmarks.generate.cases import prompts as questions
 from benchmarks.harness import records
-from benchmarks.report.sections import replace_section, where_measured
+from benchmarks.harness.sections import replace_section, where_measured
 from benchmarks.serving.client import Load, ask, distinct
 from benchmarks.serving.models import save_bert_base, save_small, small_prompts
 from benchmarks.serving.setup import BATCH, SERVERS, Served
@@ -137,8 +137,10 @@ def _loaded(
 def _by_turns(
     work: Workload, server: str, generator: Generator, served: Served
 ) -> tuple[dict[str, Any], list[str]]:
-    """The bare calls and the server on the same prompts, a part after the other: other work on the
-    machine comes and goes."""
+    """The bare calls and the server on the same prompts, by turns, part by part.
+
+    Turns are fair to both, since other work on the machine comes and goes.
+    """
     load, answers, cpu = Load(), list[str](), 0.0
     bare: dict[str, list[float]] = {"seconds": [], "cpu": [], "overheads": []}
     size = -(-len(work.prompts) // ROUNDS)
@@ -245,7 +247,7 @@ def _version(name: str) -> str | None:
 
 
 def _installed(server: str) -> dict[str, float]:
-    """How many packages are installed for a server, itself included, and their MB on disk."""
+    """The number of packages installed for a server, itself included, and their MB on disk."""
     found: dict[str, float] = {}
     _walk(Requirement(_REQUIREMENTS[server]), found)
     return {"packages": len(found), "megabytes": sum(found.values()) / 1e6}

@@ -1,4 +1,4 @@
-"""A bounded client: so many connections, each with one request at a time, every answer checked."""
+"""A bounded client: each connection has one request at a time, and every answer is checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_SECONDS = 300
 
 @dataclass
 class Load:
-    """What came of some requests.
+    """The outcome of some requests.
 
     Attributes:
         seconds: wall clock, from the first request to the last answer.
@@ -34,7 +34,7 @@ class Load:
     lost: int = 0
 
     def add(self, more: Load) -> None:
-        """Count in what came of further requests."""
+        """Add the outcome of further requests."""
         self.seconds += more.seconds
         self.client_cpu += more.client_cpu
         self.wrong += more.wrong

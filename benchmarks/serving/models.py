@@ -1,4 +1,4 @@
-"""Model folders to serve: one so small that the server itself is what costs, one of full size."""
+"""Model folders to serve: a tiny one, for the server's own cost, and one of full size."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The same model on Ray Serve, to compare with: `python -m benchmarks.serving.on_ray MODEL PORT`.
+"""A server on Ray Serve, to compare with: `python -m benchmarks.serving.on_ray MODEL PORT`.
 
-Batches, bounds the queue (Ray's answer to a full one is 503) and answers POST /generate, with the
-batches' content made by the same code. It has none of the rest: no limits, no checked requests.
+It batches, bounds the queue (Ray answers a full one with 503) and answers POST /generate; the same
+code makes the batches' content. It has no limits on requests and does not check them.
 """
 
 from __future__ import annotations

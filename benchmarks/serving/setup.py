@@ -1,4 +1,4 @@
-"""What both servers are told, and servers in processes of their own."""
+"""Options that both servers get, and servers in processes of their own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Served:
 
     @property
     def url(self) -> str:
-        """Of POST /generate."""
+        """The address of POST /generate."""
         return f"http://127.0.0.1:{self.port}/generate"
 
     def cpu(self) -> float:
@@ -71,7 +71,7 @@ class Served:
         return sum(process.memory_full_info().pss for process in self._tree()) / 1e6
 
     def processes(self) -> int:
-        """How many there are."""
+        """The number of its processes."""
         return len(self._tree())
 
     def stop(self) -> None:

@@ -32,7 +32,7 @@ def load_table(runs: Sequence[Run]) -> Table:
 
 
 def overload_table(runs: Sequence[Run]) -> Table:
-    """What a server that accepts 32 requests does with 128 connections."""
+    """Answers and refusals of a server that accepts 32 requests and gets 128 connections."""
     table = Table([
         "requests", "connections", "answered", "p50 ms", "p99 ms", "refused with 429", "p50 ms",
         "p99 ms", "other", "lost or swapped",
@@ -69,7 +69,7 @@ def comparison_table(runs: Sequence[Run], packages: Mapping[str, Mapping[str, fl
 
 
 def overhead(run: Run) -> float:
-    """What serving takes from the throughput of the bare calls: the median over the turns."""
+    """The share of the bare calls' throughput that serving costs: the median over the turns."""
     return statistics.median(run["bare"]["overheads"])
 
 

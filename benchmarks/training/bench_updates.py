@@ -51,7 +51,7 @@ def test_training(
 def test_training_full(
     steps: Race, shape: Update, device: torch.device, folder: Path, full: bool
 ) -> None:
-    """The same where it takes long."""
+    """An update of one network, in cases that take long."""
     if not full:
         pytest.skip("takes minutes; give --full")
     _time(steps, shape, device, folder, full)
@@ -70,7 +70,7 @@ def _time(race: Race, update: Update, device: torch.device, folder: Path, full: 
 
 
 def _is_compiled(update: Update, device: torch.device) -> bool:
-    """Whether torch.compile is timed without --full."""
+    """True if torch.compile is timed without --full."""
     case = update.case
     if device.type == "cpu":
         return update.step == TEACHER and case.batch == 8

@@ -1,4 +1,4 @@
-"""The training steps that are timed: sizes, recipes, what each needs at least, and their data.
+"""The training steps that are timed: sizes, recipes, floors and data.
 
 Recipes are the presets', in one micro-batch and without dropout: torch.compile draws other dropout
 than eager PyTorch, so that only updates without it can be held against one another. What dropout

@@ -1,4 +1,4 @@
-"""What distilling at the paper's sizes would cost on 1 to 64 GPUs: calculated, not measured.
+"""Costs of distilling at the paper's sizes on 1 to 64 GPUs: calculated, not measured.
 
 Seconds of an update on N GPUs, each with 1/N of the batch:
 
@@ -42,7 +42,7 @@ class Machine:
     latency: float = 50e-6
 
     def seconds(self, work: Work, gpus: int) -> float:
-        """Of one update on so many GPUs."""
+        """Seconds of one update on `gpus` GPUs."""
         if gpus == 1:
             return work.flops / self.flops
         bandwidth = self.inside if gpus <= _A_NODE else self.between

@@ -122,7 +122,7 @@ def _move(score: nn.Module, seed: int) -> None:
 
 @dataclass
 class Lineup:
-    """The implementations of an update whose first one was right, and what is known of all.
+    """The implementations of an update whose first one was right, and the fields of all.
 
     Attributes:
         calls: what to time, by name, ours first.
@@ -218,7 +218,7 @@ class Lineup:
 
 
 def disagreement(found: Mapping[str, float], exact: Mapping[str, float], tolerance: float) -> str:
-    """Which losses or norms differ by more than a share of the exact ones; "": none does."""
+    """The loss or norm that differs by more than `tolerance` of the exact one; "": none does."""
     if found.keys() != exact.keys():
         return f"it reports {', '.join(found)}, not {', '.join(exact)}"
     for name, value in exact.items():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout; of an installed package, the folder that it is installed in."""
 
 SCHEMA = 2
-"""Of the records: raised when a reader of older ones would go wrong."""
+"""Version of the format, raised when a reader of older records would go wrong."""
 
 _LIBRARIES = (
     "onnx", "onnxruntime", "openvino", "nncf", "ctranslate2", "transformers", "tokenizers",
@@ -31,7 +31,7 @@ _GPU_QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "pow
 
 
 def environment(device: torch.device, load_at_start: float | None = None) -> dict[str, Any]:
-    """Where and with what a run was made; None where a figure cannot be read here.
+    """Device, machine, versions and sources of a run; None where a figure cannot be read here.
 
     Args:
         load_at_start: the load average before anything was measured.

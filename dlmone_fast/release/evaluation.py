@@ -49,7 +49,7 @@ by metric, and intervals."""
 
 @dataclass(frozen=True)
 class Budget:
-    """How many test rows are used; 0: all.
+    """The number of test rows to use; 0: all.
 
     Attributes:
         rows: of every system.
@@ -86,7 +86,7 @@ class _System:
 def evaluate_release(
     result: RunResult, student: Path, budget: Budget, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Score every system on the test split; what evaluation.json holds.
+    """Score every system on the test split; returns the content of evaluation.json.
 
     Each system's rows are kept in the run's folder, so that an interrupted evaluation goes on.
 
@@ -129,7 +129,7 @@ def evaluate_release(
 def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, float]:
     """The stage whose student is the better one in one call, and its temperature.
 
-    Both chosen on the validation split, each stage at its own best temperature.
+    Both are chosen on the validation split, each stage at its own best temperature.
     """
     found = {}
     for stage in ("stage1", "stage2"):

@@ -28,7 +28,7 @@ The model was trained on Quora's question pairs, whose terms allow non-commercia
 redistribution of the data. The same terms bound these weights: **non-commercial use only**. The
 licence of the code does not cover them."""
 }
-"""By the task's name in the configuration; other tasks' terms are the caller's to give."""
+"""Terms of the data by the task's name in the configuration; the caller gives those of others."""
 
 MAX_SHARD_BYTES = 15_000_000
 SHOWN = 20
@@ -91,7 +91,7 @@ was not judged by people.
 
 
 def save_candidate(result: RunResult, stage: str, temperature: float) -> Path:
-    """The student of a stage in bf16, in the run's folder `candidate`: what is evaluated."""
+    """Write the student of a stage in bf16 to the run's folder `candidate`, for the evaluation."""
     path = result.root / "candidate"
     return _save(result, stage, temperature, path, "Not evaluated yet.\n", {})
 
@@ -105,14 +105,14 @@ def save_release(
     terms: str,
     say: Callable[[str], None],
 ) -> Path:
-    """The same weights in the run's folder `release`, with evaluation, configuration and card.
+    """Write the candidate's weights to the run's folder `release`, with evaluation and card.
 
     Args:
         result: the run.
         stage: whose student it is.
         temperature: the student's default.
         schedule: name of the schedule.
-        evaluation: what evaluation.json is to hold.
+        evaluation: content of evaluation.json.
         terms: of the data.
         say: called with a line for each temperature of the teacher that is still to be measured.
     """
@@ -213,7 +213,7 @@ def _cell(text: str) -> str:
 
 
 def _portable(config: Config) -> Config:
-    # Where it was trained says nothing to anyone else.
+    # Folders of the machine that trained it mean nothing elsewhere.
     return replace(config, data_dir="", output_dir="")
 
 

@@ -131,7 +131,7 @@ def test_a_run_in_slices_ends_in_a_folder_that_generates(
     assert len(shown) == 1
     texts = dlmone_fast.generate(["a new house ?"], model=root / "release", on_overflow="truncate")
     assert isinstance(texts[0], str)
-    # Where a machine keeps its data is nobody's business.
+    # Paths of the machine that trained it are not published.
     for path in (root / "release").glob("*.json"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8")
 

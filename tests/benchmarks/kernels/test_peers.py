@@ -1,4 +1,4 @@
-"""What the kernels are timed against computes the same thing."""
+"""Peers compute the same thing as the kernels that they are timed against."""
 
 from __future__ import annotations
 
