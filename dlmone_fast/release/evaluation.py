@@ -102,7 +102,7 @@ def evaluate_release(
     limit, seed = result.workspace.limit, result.workspace.config.seed
     kept = result.root / "evaluation" / hash_file(student / MANIFEST_NAME)[:16]
     kept.mkdir(parents=True, exist_ok=True)
-    found: list[Scored] = []
+    scored: list[Scored] = []
     for index, system in enumerate(_systems(result, student, budget, say)):
         file = kept / f"{index}-of-{len(system.rows)}-rows.json"
         if not file.exists():
@@ -113,16 +113,16 @@ def evaluate_release(
             limit.reached()
         rows = json.loads(file.read_text(encoding="utf-8"))
         say(f"{system.name}, {system.calls} calls: BLEU {rows[0]['scores']['bleu']:.4f}")
-        found += rows
+        scored += rows
     # Every system's rows end with those of the source and of the reference.
     baselines = ("copy", "reference")
-    last = found[-len(baselines) :]
+    last = scored[-len(baselines) :]
     return {
         **environment(result.workspace.device),
         "seed": seed,
         "slices": slices(result.root),
         "cost": [asdict(cost) for cost in phase_costs(result.root)],
-        "rows": [row for row in found if row["system"] not in baselines] + last,
+        "rows": [row for row in scored if row["system"] not in baselines] + last,
     }
 
 
@@ -131,15 +131,15 @@ def better_student(result: RunResult, say: Callable[[str], None]) -> tuple[str, 
 
     Both are chosen on the validation split, each stage at its own best temperature.
     """
-    found = {}
+    chosen = {}
     for stage in ("stage1", "stage2"):
         say(f"{stage} on the validation split")
-        found[stage] = _choose(
+        chosen[stage] = _choose(
             result, result.workspace.model(stage), 1, None, OF_STUDENTS, True, say
         )
     # The second stage unless it is worse.
-    best = max(("stage2", "stage1"), key=lambda stage: found[stage])
-    return best, found[best].temperature
+    best = max(("stage2", "stage1"), key=lambda stage: chosen[stage])
+    return best, chosen[best].temperature
 
 
 def teacher_temperature(result: RunResult, *, diverse: bool, say: Callable[[str], None]) -> float:
@@ -160,25 +160,25 @@ def teacher_temperature(result: RunResult, *, diverse: bool, say: Callable[[str]
 
 
 def phase_costs(run: Path) -> list[PhaseCost]:
-    """The costs of the phases that `run`/metrics.jsonl tells of, in the order of their first lines.
+    """Costs of the phases in `run`/metrics.jsonl, in the order of their first lines.
 
     Minutes are those of updates, validation and checkpoints; what a slice takes to start is not in
     them. Updates that were repeated after a resume count once, their rows and minutes twice.
     """
-    found: dict[str, PhaseCost] = {}
+    costs: dict[str, PhaseCost] = {}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = _parsed(line)
         if "seconds" not in record:
             continue
         phase = record["phase"]
-        cost = found.get(phase, PhaseCost(phase, 0, 0, 0.0))
-        found[phase] = PhaseCost(
+        cost = costs.get(phase, PhaseCost(phase, 0, 0, 0.0))
+        costs[phase] = PhaseCost(
             phase,
             max(cost.updates, record["step"]),
             cost.samples + record["rows"],
             cost.minutes + record["seconds"] / 60,
         )
-    return list(found.values())
+    return list(costs.values())
 
 
 def slices(run: Path) -> list[dict[str, Any]]:
@@ -187,21 +187,21 @@ def slices(run: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [found for found in map(_parsed, lines) if found]
+    return [record for record in map(_parsed, lines) if record]
 
 
 def table(rows: Sequence[Scored], task: str) -> Table:
     """One line a row, the paper's below."""
-    found = Table(["system", "NFE", "texts", "sources", *(title for title, _, _ in COLUMNS)])
+    lines = Table(["system", "NFE", "texts", "sources", *(title for title, _, _ in COLUMNS)])
     for row in rows:
         cells = [_cell(row, name, interval) for _, name, interval in COLUMNS]
-        found.add(row["system"], row["calls"], row["texts"], row["sources"], *cells)
+        lines.add(row["system"], row["calls"], row["texts"], row["sources"], *cells)
     for published in paper_rows(task, mbr=True):
         values = [getattr(published, name, None) for _, name, _ in COLUMNS]
         shown = [None if value is None else f"{value:.3f}" for value in values]
         mbr = f", MBR-{published.candidates}" if published.candidates > 1 else ""
-        found.add(f"{published.system}{mbr} (paper)", published.nfe, None, None, *shown)
-    return found
+        lines.add(f"{published.system}{mbr} (paper)", published.nfe, None, None, *shown)
+    return lines
 
 
 def _choose(
@@ -255,13 +255,13 @@ def _scored(system: _System, seed: int) -> list[Scored]:
         batch_size=_BATCH_SIZE, progress=False,
     )  # fmt: skip
     sources = len(system.rows)
-    found = [_row(system.name, system.calls, system.texts, sources, scores)]
+    scored = [_row(system.name, system.calls, system.texts, sources, scores)]
     if scores["mbr"]:
         name = f"{system.name}, MBR-{system.texts}"
-        found.append(_row(name, system.calls, 1, sources, scores["mbr"]))
+        scored.append(_row(name, system.calls, 1, sources, scores["mbr"]))
     for name in ("copy", "reference"):
-        found.append(_row(name, None, 1, sources, scores["baselines"][name]))
-    return found
+        scored.append(_row(name, None, 1, sources, scores["baselines"][name]))
+    return scored
 
 
 def _row(

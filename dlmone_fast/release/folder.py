@@ -178,8 +178,8 @@ def _slices(evaluation: dict[str, Any]) -> str:
     minutes: dict[str, float] = {}
     for part in evaluation["slices"]:
         minutes[part["device"]] = minutes.get(part["device"], 0.0) + part["minutes"]
-    found = [f"{spent:.0f} minutes on {device}" for device, spent in minutes.items()]
-    return ", ".join([*found, f"the last one on {evaluation['device']}"])
+    parts = [f"{spent:.0f} minutes on {device}" for device, spent in minutes.items()]
+    return ", ".join([*parts, f"the last one on {evaluation['device']}"])
 
 
 def _outputs(
@@ -191,11 +191,11 @@ def _outputs(
 
     def texts_of(folder: Path, **how: Any) -> list[str]:
         model = load_model(folder, result.workspace.config.device, "fp32", backend="eager")
-        found = model.generate_candidates(
+        generated = model.generate_candidates(
             [sources[row] for row in rows], seeds=[seeds[row] for row in rows],
             on_overflow="truncate", progress=False, **how,
         )  # fmt: skip
-        return [texts[0] for texts in found.texts]
+        return [texts[0] for texts in generated.texts]
 
     teachers = texts_of(
         result.teacher, steps=calls, sampler=TEACHER_SAMPLER, temperature=temperature

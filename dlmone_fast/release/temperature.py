@@ -59,26 +59,26 @@ def choose_temperature(
             source-BLEU.
         say: called with a line for each temperature.
     """
-    found: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, float]] = {}
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        measured = json.loads(file.read_text(encoding="utf-8"))
     # A teacher's texts take as many calls as all of a student's.
     candidates = 4 if steps == 1 else 2
     for temperature in temperatures:
-        if str(temperature) in found:
+        if str(temperature) in measured:
             continue
         scores = evaluate_model(
             model, rows=rows, num_candidates=candidates, steps=steps, sampler=sampler,
             temperature=temperature, seed=seed, bootstrap=0, progress=False,
         )  # fmt: skip
         kept = {name: float(scores[name]) for name in ("bleu", "ibleu", "source_bleu", "self_bleu")}
-        found[str(temperature)] = kept
-        write_atomically(file, [json.dumps(found, indent=1).encode()])
+        measured[str(temperature)] = kept
+        write_atomically(file, [json.dumps(measured, indent=1).encode()])
         say(f"temperature {temperature}: " + ", ".join(f"{k} {v:.4f}" for k, v in kept.items()))
     allowed = [
         t for t in temperatures
-        if found[str(t)]["source_bleu"] <= MAX_SOURCE_BLEU
-        and (not diverse or found[str(t)]["self_bleu"] <= MAX_SELF_BLEU)
+        if measured[str(t)]["source_bleu"] <= MAX_SOURCE_BLEU
+        and (not diverse or measured[str(t)]["self_bleu"] <= MAX_SELF_BLEU)
     ]  # fmt: skip
-    best = max(allowed or [1.0], key=lambda t: found[str(t)]["bleu"])
-    return Chosen(bool(allowed), found[str(best)]["bleu"], best)
+    best = max(allowed or [1.0], key=lambda t: measured[str(t)]["bleu"])
+    return Chosen(bool(allowed), measured[str(best)]["bleu"], best)
