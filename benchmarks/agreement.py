@@ -1,4 +1,4 @@
-"""What lower precision and batching change in a trained model's texts.
+"""Changes that lower precision and batching make in a trained model's texts.
 
     python -m benchmarks.agreement runs/demo/stage2 runs/demo/data
 
