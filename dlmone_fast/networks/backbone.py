@@ -43,8 +43,13 @@ class Backbone(nn.Module):
             # Last: the other parameters start where they would without it.
             self.estimate_projection = nn.Linear(d, hidden, bias=False)
             nn.init.zeros_(self.estimate_projection.weight)
+        if config.in_slots:
+            # Positions of unit variance, DiffuSeq's, would drown the source at first.
+            nn.init.normal_(self.position.weight, std=0.1)
         if config.source == "aligned":
             self.source_projection = nn.Linear(config.source_window * d, hidden, bias=False)
+            # Each symbol of the window arrives with unit variance.
+            nn.init.normal_(self.source_projection.weight, std=d**-0.5)
         elif config.source == "masked":
             self.part = nn.Embedding(2, hidden)
             nn.init.zeros_(self.part.weight)

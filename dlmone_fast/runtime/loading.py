@@ -38,7 +38,7 @@ def load_model(
     """Load a model folder, verified against its manifest.
 
     Args:
-        path: the folder, or the name of a packaged model (`dlmone_fast.models()`).
+        path: the folder, or the name of a packaged model.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
         backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).

@@ -357,9 +357,7 @@ class Stage:
         given = self._conditions_of(self.pairs.rows[which].long().numpy(), slots)
         ids = self.pairs.ids[which].long().to(self.workspace.device)
         length = given.ids.shape[1]
-        z = self.pairs.latents(
-            which, self.table.shape[1], self.workspace.device, length=length
-        )
+        z = self.pairs.latents(which, self.table.shape[1], self.workspace.device, length=length)
         ids = at_length(ids[:, :length], length)
         x = generate_embeddings(
             self._predict, self.schedule, self.shared.t_init, 1, given.embeddings, given.mask,

@@ -32,6 +32,7 @@ from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import unwritable
+from dlmone_fast.packaged import DATA
 from dlmone_fast.tasks import grammar
 from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.tokenizer import Tokenizer
@@ -257,6 +258,8 @@ def with_vocabulary(config: Config, tokenizer: TextTokenizer) -> Config:
 
 def _data_dir(config: Config, root: Path) -> Path:
     if not config.is_grammar:
+        if not config.data_dir and config.data.task in DATA:
+            return DATA[config.data.task]
         if not config.data_dir:
             raise DataError(
                 f"--data-dir is missing: preset {config.preset!r} reads "
