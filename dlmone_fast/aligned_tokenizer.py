@@ -129,6 +129,11 @@ class AlignedTokenizer(TextTokenizer):
             )
         return cls(_alignment(content), output_case=str(case))
 
+    @property
+    def example(self) -> str:
+        """A shortest word."""
+        return self.alignment.letters[0]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `[CLS] letters [SEP]` of each word, lower-cased, without white space around it.
 

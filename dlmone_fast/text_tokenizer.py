@@ -55,6 +55,11 @@ class TextTokenizer(ABC):
     def vocab_size(self) -> int:
         return len(self.vocabulary)
 
+    @property
+    def example(self) -> str:
+        """A shortest text that `encode` reads: what a warm-up or a probe asks."""
+        return ""
+
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `[CLS] … [SEP]` ids of each text, in order and never truncated.

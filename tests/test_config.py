@@ -103,13 +103,16 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: 
         ),
         ({"data": {"task": "g2p"}}, "'word_accuracy' belongs to data.task = 'g2p', got 'bleu'"),
         (
-            {"data": {"tokenizer": "aligned", "both_directions": True}},
+            {"data": {"tokenizer": "aligned", "task": "g2p", "both_directions": True}},
             "data.both_directions is True, which tokenizer = 'aligned' cannot use",
         ),
-        ({"data": {"tokenizer": "aligned", "task": "grammar"}}, "data.task is 'grammar', which"),
-        ({"data": {"tokenizer": "aligned", "vocab_file": "v"}}, "data.vocab_file is 'v', which"),
+        ({"data": {"tokenizer": "aligned"}}, "data.task must be 'g2p' with tokenizer = 'aligned'"),
         (
-            {"data": {"tokenizer": "aligned", "vocab_file": "", "lowercase": False}},
+            {"data": {"tokenizer": "aligned", "task": "g2p", "vocab_file": "v"}},
+            "data.vocab_file is 'v', which",
+        ),
+        (
+            {"data": {"tokenizer": "aligned", "task": "g2p", "vocab_file": "", "lowercase": False}},
             "data.lowercase is False, which",
         ),
         (

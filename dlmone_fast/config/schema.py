@@ -182,8 +182,12 @@ class DataConfig(Section):
     def _check_aligned(self) -> None:
         if self.tokenizer != "aligned":
             return
+        if self.task != "g2p":
+            raise ConfigError(
+                f"task must be 'g2p' with tokenizer = 'aligned', got {shown(self.task)}: other "
+                "tasks are scored as text; set it, or use tokenizer = 'wordpiece'"
+            )
         for name, off, reason in (
-            ("task", not self.task.startswith("grammar"), "the generated grammars have their own"),
             ("both_directions", not self.both_directions, "a target is no source"),
             ("vocab_file", not self.vocab_file, "letters and labels are learned"),
             ("lowercase", self.lowercase, "words are lower-cased"),

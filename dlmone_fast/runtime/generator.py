@@ -315,8 +315,8 @@ class Generator:
             )
         for size in batch_sizes:
             options.whole_number("batch_sizes", size, 1, options.MAX_BATCH_SIZE)
-            empty = self.tokenizer.encode([""]) * size
-            rows, _ = self._rows(empty, self.settings.max_source_tokens, [0] * size, 1, "error")
+            shortest = self.tokenizer.encode([self.tokenizer.example]) * size
+            rows, _ = self._rows(shortest, self.settings.max_source_tokens, [0] * size, 1, "error")
             self._executor.warmup(rows, self.settings)
 
     @property

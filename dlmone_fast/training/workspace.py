@@ -282,9 +282,8 @@ def _tokenizer(config: Config, root: Path, data_dir: Path) -> TextTokenizer:
     elif config.is_grammar:
         tokenizer = Tokenizer.from_words(grammar.vocabulary(config.data.task))
     elif config.data.tokenizer == "aligned":
-        case = "upper" if config.data.task == "g2p" else "same"
         pairs = ((row.src, row.trg) for row in read_rows(find_split(data_dir, "train")))
-        tokenizer = AlignedTokenizer.learn(pairs, output_case=case)
+        tokenizer = AlignedTokenizer.learn(pairs, output_case="upper")
     elif config.data.vocab_file:
         vocab = find_vocabulary(config.data.vocab_file, data_dir)
         tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
