@@ -52,6 +52,10 @@ def attend(query: Tensor, memory: KeysValues, mask: Tensor | None) -> Tensor:
     return (scores.softmax(-1) @ memory.values).transpose(1, 2).flatten(2)
 
 
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class SelfAttention(nn.Module):
     """Attention of a sequence to itself."""
 
@@ -63,7 +67,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, KeysValues]:
         """Queries, and keys and values, [B, N, L, D] of x [B, L, N·D]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (_by_head(part, self.heads) for part in self.qkv(x).chunk(3, -1))
         return q, KeysValues(k, v)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,12 +88,11 @@ class CrossAttention(nn.Module):
 
     def project(self, encoded: Tensor) -> KeysValues:
         """Keys and values [B, N, S, D] of the encoded source [B, S, N·D]."""
-        return KeysValues(
-            *self.memory(encoded).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        k, v = (_by_head(part, self.heads) for part in self.memory(encoded).chunk(2, -1))
+        return KeysValues(k, v)
 
     def forward(self, x: Tensor, memory: KeysValues, mask: Tensor | None) -> Tensor:
-        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = _by_head(self.query(x), self.heads)
         mixed: Tensor = self.output(attend(query, memory, mask))
         return mixed
 
