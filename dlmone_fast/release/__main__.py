@@ -20,11 +20,11 @@ DESCRIPTION = """Train a teacher, draw its paired endpoints, distil it in two st
 better student on the test split and write it as a model folder.
 
 The same command again continues a run that stopped after its minutes, was killed, or moved to
-another machine with its folder; the evaluation too, system by system. A schedule is the preset
-qqp-small with the schedule's keys over it. The run's folder gets release/: the student that is
-better on the validation split, in bf16, with its evaluation on the test split, what it has cost
-(devices, minutes and rows of each phase) and its card. Exit codes: 0 done, 2 usage, 3 data, 75
-interrupted and saved: run it again.
+another machine with its folder; the evaluation too, system by system. A schedule is a preset
+(qqp-small, if it names none) with the schedule's keys over it. The run's folder gets release/: the
+student that is better on the validation split, in bf16, with its evaluation on the test split, what
+it has cost (devices, minutes and rows of each phase) and its card. Exit codes: 0 done, 2 usage, 3
+data, 75 interrupted and saved: run it again.
 """
 
 PRESET = "qqp-small"
@@ -35,14 +35,16 @@ SCHEDULES = Path(__file__).parent / "schedules"
 class ReleaseArgs:
     """Options of the command."""
 
-    data_dir: str
-    """Folder with {train,valid,test}.jsonl[.gz]."""
+    data_dir: str = ""
+    """Folder with {train,valid,test}.jsonl[.gz]; the schedule g2p-en needs none."""
     task: Literal["qqp", "quasar-t", "wiki-auto", "custom"] = "qqp"
-    """The task of the data, which has its published rows and its terms."""
+    """The task of the data, which has its published rows and its terms; g2p-en has its own."""
     terms: str = ""
     """The data's terms, for the card of any other task than qqp."""
     schedule: str = "gpu"
-    """gpu, cpu, cpu-e2e or smoke."""
+    """gpu, cpu, cpu-e2e, g2p-en or smoke."""
+    rival: tuple[str, ...] = ()
+    """g2p-en: folders of autoregressive models that stand in the table."""
     output_dir: str = ""
     """The run's folder; default: runs/release-TASK-SCHEDULE."""
     device: str = "auto"
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dlmone_fast.training import run
 
     config = release_config(args)
+    if config.data.task == "g2p":
+        return _release_g2p(config, args, started)
     terms = TERMS.get(config.data.task, "") or args.terms
     if not terms:
         raise UsageError(
@@ -89,6 +93,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _release_g2p(config: Config, args: ReleaseArgs, started: float) -> int:
+    from dlmone_fast.autoregressive import load_autoregressive
+    from dlmone_fast.release.g2p_folder import release
+    from dlmone_fast.training import run
+
+    rivals = [load_autoregressive(folder) for folder in args.rival]
+    try:
+        result = run(config, started=started)
+        folder, table = release(result, args.schedule, rivals, args.rows, _say)
+    finally:
+        _note_slice(config, started)
+    print(table)
+    _say(f"model folder: {folder}")
+    return 0
+
+
 def release_config(args: ReleaseArgs) -> Config:
     """The preset under the schedule's keys."""
     from dlmone_fast.config import from_dict, load_toml, merge, resolve, to_dict
@@ -97,12 +117,14 @@ def release_config(args: ReleaseArgs) -> Config:
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in SCHEDULES.glob("*.toml")))
         raise UsageError(f"--schedule: expected one of {known}, got {args.schedule!r}")
-    config = from_dict(merge(to_dict(resolve(PRESET)), load_toml(file)))
+    keys = load_toml(file)
+    config = from_dict(merge(to_dict(resolve(keys.pop("preset", PRESET))), keys))
+    task = "g2p" if config.data.task == "g2p" else args.task
     return replace(
         config, data_dir=args.data_dir,
-        output_dir=args.output_dir or f"runs/release-{args.task}-{args.schedule}",
+        output_dir=args.output_dir or f"runs/release-{task}-{args.schedule}",
         device=args.device, seed=args.seed, max_minutes=args.max_minutes,
-        data=replace(config.data, task=args.task),
+        data=replace(config.data, task=task),
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ was not judged by people.
 def save_candidate(result: RunResult, stage: str, temperature: float) -> Path:
     """Write the student of a stage in bf16 to the run's folder `candidate`, for the evaluation."""
     path = result.root / "candidate"
-    return _save(result, stage, temperature, path, "Not evaluated yet.\n", {})
+    return save_student(result, stage, temperature, path, "Not evaluated yet.\n", {})
 
 
 def save_release(
@@ -129,16 +129,16 @@ def save_release(
         f"{model['embedding_dim']}, {model['seq_len']} positions, {model['vocab_size']:,} tokens",
         bleu=student["scores"]["bleu"], rows=student["sources"], copy=copy["scores"]["bleu"],
         terms=terms, overlap=overlap(result.workspace.data_dir), version=dlmone_fast.__version__,
-        cost=_cost(evaluation), slices=_slices(evaluation), shown=len(shown), every=every,
+        cost=cost_table(evaluation), slices=time_spent(evaluation), shown=len(shown), every=every,
         table=table(rows, config.data.task).markdown(), seq_len=model["seq_len"],
         outputs=_outputs(result, sources, shown, say),
         case=" in lower case" if config.data.lowercase else "",
     )  # fmt: skip
-    extra = {"evaluation.json": evaluation, "training.json": to_dict(_portable(config))}
-    return _save(result, stage, temperature, result.root / "release", card, extra)
+    extra = {"evaluation.json": evaluation, "training.json": to_dict(portable(config))}
+    return save_student(result, stage, temperature, result.root / "release", card, extra)
 
 
-def _save(
+def save_student(
     result: RunResult,
     stage: str,
     temperature: float,
@@ -146,6 +146,7 @@ def _save(
     card: str,
     extra: dict[str, Any],
 ) -> Path:
+    """Write a stage's student in bf16 as a model folder, with its card and further JSON files."""
     trained = load_folder(result.workspace.model(stage))
     tensors = {
         name: tensor.bfloat16() if tensor.is_floating_point() else tensor
@@ -164,7 +165,8 @@ def _save(
     )
 
 
-def _cost(evaluation: dict[str, Any]) -> str:
+def cost_table(evaluation: dict[str, Any]) -> str:
+    """Updates, rows and minutes of each phase, in Markdown."""
     lines = ["| phase | updates | rows | minutes |", "|---|--:|--:|--:|"]
     for cost in evaluation["cost"]:
         lines.append(
@@ -174,7 +176,8 @@ def _cost(evaluation: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _slices(evaluation: dict[str, Any]) -> str:
+def time_spent(evaluation: dict[str, Any]) -> str:
+    """Minutes on each device, in words."""
     minutes: dict[str, float] = {}
     for part in evaluation["slices"]:
         minutes[part["device"]] = minutes.get(part["device"], 0.0) + part["minutes"]
@@ -212,8 +215,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|") or "(empty)"
 
 
-def _portable(config: Config) -> Config:
-    # Folders of the machine that trained it mean nothing elsewhere.
+def portable(config: Config) -> Config:
+    """A configuration without the folders of the machine that trained it."""
     return replace(config, data_dir="", output_dir="")
 
 
