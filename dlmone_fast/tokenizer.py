@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +20,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dlmone_fast.boundaries import ALONE, BLANK
+from dlmone_fast.checks import as_whole, is_whole
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.files import write_atomically
+from dlmone_fast.textfiles import decoded
 from dlmone_fast.wordpiece import MAX_WORD_CHARS, PREFIX, learn_pieces
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -75,7 +76,7 @@ class Tokenizer:
         max_chars: int = DEFAULT_MAX_CHARS,
     ) -> None:
         """Raise ModelFileError for a vocabulary that lacks a special token or repeats one."""
-        if not isinstance(max_chars, int) or not 1 <= max_chars <= 2**31:
+        if not is_whole(max_chars, 1, 2**31):
             raise UsageError(f"max_chars: expected 1 to {2**31}, got {max_chars!r}")
         self.vocabulary = tuple(vocabulary)
         self.lowercase = lowercase
@@ -136,7 +137,7 @@ class Tokenizer:
         Special tokens get ids 0..4. Texts are read once, in a stream.
         """
         smallest = 2 * len(SPECIAL_TOKENS)
-        if not isinstance(vocab_size, int) or not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        if not is_whole(vocab_size, smallest, MAX_VOCAB_SIZE):
             raise UsageError(
                 f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size!r}"
             )
@@ -227,10 +228,12 @@ class Tokenizer:
         return _unicode(text, name)
 
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
-        try:
-            checked = [operator.index(token) for token in ids]
-        except TypeError as error:
-            raise UsageError(f"ids: expected a sequence of int ({error})") from error
+        checked = []
+        for token in ids:
+            number = as_whole(token)
+            if number is None:
+                raise UsageError(f"ids: expected a sequence of int, got {token!r:.80} in it")
+            checked.append(number)
         if checked and not 0 <= min(checked) <= max(checked) < self.vocab_size:
             wrong = next(token for token in checked if not 0 <= token < self.vocab_size)
             raise UsageError(
@@ -352,7 +355,7 @@ def _read_text(path: Path, sha256: str = "") -> str:
             )
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise ModelFileError(f"{path}: was changed while it was read; load it again")
-        return content.decode("utf-8")
+        return decoded(content)
     except OSError as error:
         raise ModelFileError(
             f"{path}: cannot be read ({error.strerror}); check the path, or copy the file again"

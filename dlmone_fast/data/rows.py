@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from dlmone_fast.checks import as_whole
 from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.textfiles import lines_of
 
 SPLITS = ("train", "valid", "test")
 MAX_LINE_BYTES = 16 * 2**20
@@ -62,7 +64,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            for line in lines_of(file, MAX_LINE_BYTES):
                 number += 1
                 yield _row(path, number, line)
     except (OSError, EOFError, zlib.error) as error:
@@ -76,8 +78,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 def load_rows(data_dir: str | Path, split: str, limit: int | None = None) -> list[Row]:
     """Return the rows of a split, at most the first `limit`."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit: expected at least 1, got {limit}")
+    if limit is not None and (as_whole(limit) or 0) < 1:
+        raise UsageError(f"limit: expected a whole number of at least 1, got {limit!r}")
     return list(islice(read_rows(find_split(data_dir, split)), limit))
 
 
@@ -117,16 +119,22 @@ def _parsed(number: int, line: bytes) -> Row:
     if refs is not None and not isinstance(refs, list):
         raise ValueError(f"key 'refs': expected a list of strings, got {type(refs).__name__}")
     return Row(
-        src=_text("src", content.get("src")),
-        trg=_text("trg", content.get("trg")),
+        src=_text("src", _value(content, "src")),
+        trg=_text("trg", _value(content, "trg")),
         line=number,
         refs=tuple(_text(f"refs[{i}]", ref) for i, ref in enumerate(refs or [])),
     )
 
 
+def _value(content: dict[str, object], key: str) -> object:
+    if key not in content:
+        raise ValueError(f"key {key!r} is missing")
+    return content[key]
+
+
 def _text(key: str, value: object) -> str:
     if value is None:
-        raise ValueError(f"key {key!r} is missing")
+        raise ValueError(f"key {key!r} is null")
     if not isinstance(value, str):
         raise ValueError(f"key {key!r}: expected a string, got {type(value).__name__}")
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import write_atomically
+from dlmone_fast.textfiles import lines_of
 
 KEYS = ("source", "reference", "recover")
 # Far above any sentence pair: a file of another kind is refused, not loaded.
@@ -78,9 +79,7 @@ def _read_rows(file: Path) -> Iterator[tuple[str, str, str]]:
     opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
+            for number, line in enumerate(lines_of(stream, MAX_LINE_BYTES), start=1):
                 yield _parse(line, f"{file}, line {number}")
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -100,12 +99,17 @@ def _parse(line: bytes, place: str) -> tuple[str, str, str]:
     texts = []
     for key in KEYS:
         if not isinstance(row.get(key), str):
-            found = f"got {type(row[key]).__name__}" if key in row else "it is missing"
-            raise DataError(f"{place}: key {key!r}: expected a string, {found}.")
+            raise DataError(f"{place}: key {key!r}: expected a string, {_instead(row, key)}.")
         texts.append(clean_text(row[key], drop_padding=key == "recover"))
         if not _is_unicode(texts[-1]):
             raise DataError(f"{place}: key {key!r}: expected text, it holds a lone surrogate.")
     return texts[0], texts[1], texts[2]
+
+
+def _instead(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return "it is missing"
+    return "it is null" if row[key] is None else f"got {type(row[key]).__name__}"
 
 
 def _is_unicode(text: str) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.data.rows import Row, load_rows
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
@@ -225,5 +226,5 @@ def _cost(batch: CandidateBatch) -> dict[str, float | int]:
 
 
 def _check_range(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if not is_whole(value, low, high):
         raise UsageError(f"{name}: expected {low} to {high}, got {value!r}.")
