@@ -93,11 +93,16 @@ class Tokenizer:
         self.hash = self._hash()
 
     @classmethod
-    def from_vocab_file(cls, path: str | Path, lowercase: bool = True) -> Tokenizer:
-        """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id."""
+    def from_vocab_file(
+        cls, path: str | Path, lowercase: bool = True, strip_accents: bool | None = None
+    ) -> Tokenizer:
+        """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id.
+
+        `strip_accents` None: where text is lower-cased, as BERT's uncased models were trained.
+        """
         text = _read_text(Path(path))
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        return _named(Path(path), lambda: cls(tokens, lowercase=lowercase))
+        return _named(Path(path), lambda: cls(tokens, lowercase=lowercase, strip_accents=strip_accents))
 
     @classmethod
     def from_file(cls, path: str | Path, sha256: str = "") -> Tokenizer:
@@ -131,24 +136,40 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def learn(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+    def learn(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        lowercase: bool = True,
+        strip_accents: bool = False,
+    ) -> Tokenizer:
         """Learn a vocabulary of at most `vocab_size` tokens; the same texts give the same one.
 
-        Special tokens get ids 0..4. Texts are read once, in a stream.
+        Special tokens get ids 0..4. Texts are read once, in a stream. Accents stay unless
+        `strip_accents` is set: what Unicode calls one are vowels in Hindi and voicing in Japanese.
         """
         smallest = 2 * len(SPECIAL_TOKENS)
         if not is_whole(vocab_size, smallest, MAX_VOCAB_SIZE):
             raise UsageError(
                 f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size!r}"
             )
-        splitter = cls(SPECIAL_TOKENS, lowercase=lowercase)
+        splitter = cls(SPECIAL_TOKENS, lowercase=lowercase, strip_accents=strip_accents)
         counts: Counter[str] = Counter()
         for index, text in enumerate(texts):
             counts.update(splitter._split(_unicode(text, f"texts[{index}]")))
         if not counts:
             raise UsageError("texts: expected at least one word to learn from, got none")
         pieces = learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))
-        return cls([*SPECIAL_TOKENS, *pieces], lowercase=lowercase)
+        return cls([*SPECIAL_TOKENS, *pieces], lowercase=lowercase, strip_accents=strip_accents)
+
+    @property
+    def is_cased(self) -> bool:
+        """Whether a tenth of the words or more have capitals, as in a cased model's vocabulary.
+
+        Names in brackets, as of special tokens, do not count.
+        """
+        words = [token for token in self.vocabulary if not token.startswith("[")]
+        return 10 * sum(word != word.lower() for word in words) >= max(1, len(words))
 
     @property
     def vocab_size(self) -> int:

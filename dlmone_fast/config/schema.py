@@ -106,6 +106,9 @@ class DataConfig(Section):
     vocab_size: int = 8000
     """Size of a learned vocabulary."""
     lowercase: bool = True
+    strip_accents: str = "auto"
+    """Strip accents, and with them vowel signs and voicing marks: on, off, or auto: off for a
+    learned vocabulary; for a vocab_file as BERT does, on where text is lower-cased."""
     max_chars: int = 20_000
     """Longest text in characters, checked before tokenising."""
     max_source_tokens: int = 0
@@ -115,13 +118,27 @@ class DataConfig(Section):
     both_directions: bool = False
     """Train on every row twice, the second time with source and target exchanged."""
 
+    def __post_init__(self) -> None:
+        # A boolean is the slip to expect, and "must be a string" no way out of it.
+        if isinstance(self.strip_accents, bool):
+            raise ConfigError(
+                f'strip_accents must be "auto", "on" or "off", in quotes; got {self.strip_accents}'
+            )
+        super().__post_init__()
+
     def check(self) -> None:
+        one_of(self, ("auto", "on", "off"), "strip_accents")
         tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "custom")
         one_of(self, tasks, "task")
         within(self, 64, 1 << 18, "vocab_size")
         within(self, 1, 10_000_000, "max_chars")
         within(self, 0, 4096, "max_source_tokens")
         within(self, 100, 5_000_000, "train_rows")
+
+    @property
+    def strips_accents(self) -> bool | None:
+        """Whether accents are stripped; None: as the kind of vocabulary asks for."""
+        return {"auto": None, "on": True, "off": False}[self.strip_accents]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ killed builds are never read and may be deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dlmone_fast.data.fidelity import Fidelity
 from dlmone_fast.data.ragged import RaggedWriter
 from dlmone_fast.data.rows import Row, read_rows
 from dlmone_fast.errors import DataError
@@ -148,16 +150,20 @@ def _install(building: Path, folder: Path, identity: dict[str, Any]) -> None:
 
 def _write_arrays(folder: Path, data_path: Path, tokenizer: Tokenizer) -> int:
     src, trg = RaggedWriter(folder, "src"), RaggedWriter(folder, "trg")
-    count, complete = 0, False
+    count, complete, fidelity = 0, False, Fidelity()
     try:
         for chunk in _chunks(_with_progress(_fitting(data_path, tokenizer), data_path.name)):
-            src.append(tokenizer.encode([row.src for row in chunk]))
-            trg.append(tokenizer.encode([row.trg for row in chunk]))
+            for side, texts in ((src, [r.src for r in chunk]), (trg, [r.trg for r in chunk])):
+                encoded = tokenizer.encode(texts)
+                side.append(encoded)
+                fidelity.add(tokenizer, texts, encoded)
             count += len(chunk)
         complete = True
     finally:
         src.close(complete=complete)
         trg.close(complete=complete)
+    with contextlib.suppress(OSError):
+        print(fidelity.line(data_path.name), file=sys.stderr)
     return count
 
 
