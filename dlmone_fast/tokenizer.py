@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class Tokenizer:
         # [UNK] stays: it stands for a word of the text, as in the paper's own clean-up.
         self._silent_ids = frozenset((self.pad_id, self.cls_id, self.sep_id, self.mask_id))
         self._backend = _backend(ids, lowercase, strip_accents)
+        self._respelling = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
         self._encode_batch = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
         self.hash = self._hash()
 
@@ -102,7 +104,8 @@ class Tokenizer:
         """
         text = _read_text(Path(path))
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        return _named(Path(path), lambda: cls(tokens, lowercase=lowercase, strip_accents=strip_accents))
+        build = partial(cls, tokens, lowercase=lowercase, strip_accents=strip_accents)
+        return _named(Path(path), build)
 
     @classmethod
     def from_file(cls, path: str | Path, sha256: str = "") -> Tokenizer:
@@ -225,6 +228,16 @@ class Tokenizer:
             del kept[kept.index(self.sep_id) :]
         return self._text([token for token in kept if token not in self._silent_ids])
 
+    def respell(self, text: str) -> str:
+        """Return the text as `decode_clean` writes it where the vocabulary knows every word.
+
+        Lower-cased as this tokenizer does it, words and punctuation spaced alike; no word becomes
+        [UNK] and no accent is stripped. Raise PromptError as `encode` does.
+        """
+        normalised = self._respelling.normalize_str(self._checked(text, "text"))
+        words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(normalised)]
+        return _cleaned(self._backend.decoder.decode(words))
+
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`, in the `tokenizers` library's format."""
         return str(self._backend.to_str(pretty=True))
@@ -264,10 +277,7 @@ class Tokenizer:
         return checked
 
     def _text(self, ids: list[int]) -> str:
-        text = str(self._backend.decode(ids, skip_special_tokens=False))
-        for spaced, joined in _CLEAN_UP:
-            text = text.replace(spaced, joined)
-        return text
+        return _cleaned(self._backend.decode(ids, skip_special_tokens=False))
 
     def _split(self, text: str) -> list[str]:
         normalised = self._backend.normalizer.normalize_str(text)
@@ -285,6 +295,12 @@ class Tokenizer:
         }
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cleaned(text: str) -> str:
+    for spaced, joined in _CLEAN_UP:
+        text = text.replace(spaced, joined)
+    return text
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dlmone_fast.evaluation.bleu import Reference
 from dlmone_fast.evaluation.bootstrap import mean_interval, percentile_interval, resampled_sums
 from dlmone_fast.evaluation.scores import score_generations
 from dlmone_fast.tasks import grammar
@@ -38,11 +39,14 @@ class Quality:
     metrics: tuple[Metric, ...]
     headline: str
     tolerance: float
-    score: Callable[[Sequence[str], Sequence[str], list[list[str]], int], dict[str, object]]
+    score: Callable[[Sequence[str], Sequence[Reference], list[list[str]], int], dict[str, object]]
 
 
 def grammar_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     """Exact metrics of the embedded task, with bootstrap intervals over sources."""
     found = grammar.score(sources, candidates)
@@ -65,7 +69,10 @@ def grammar_scores(
 
 
 def text_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     """The paper's metrics and the copy-aware ones."""
     columns = [list(column) for column in zip(*candidates, strict=True)]
@@ -101,6 +108,7 @@ TEXT = Quality(
         Metric("self-BLEU", "self_bleu"),
         Metric("empty", "empty"),
         Metric("copies", "exact_copy"),
+        Metric("[UNK]", "unknown"),
     ),
     "ibleu",
     0.01,

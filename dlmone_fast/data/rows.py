@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,16 @@ class Row:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """All references: `refs` if there are any, else the target alone."""
-        return self.refs or (self.trg,)
+        """All references: the target, and what `refs` holds beside it."""
+        return with_first(self.trg, self.refs)
+
+
+def with_first(reference: str, refs: Sequence[str]) -> tuple[str, ...]:
+    """`refs` with `reference` as the first of them, which need not be there twice."""
+    others = list(refs)
+    if reference in others:
+        others.remove(reference)
+    return (reference, *others)
 
 
 def find_split(data_dir: str | Path, split: str) -> Path:

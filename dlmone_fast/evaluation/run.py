@@ -51,9 +51,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Generate for the rows of a split (or the given `rows`) and score the texts.
 
-    Sources and references are scored as the model's tokenizer writes them
-    (`model.normalize_text`), as DiffuSeq compares decoded word pieces and not raw text; without
-    it, casing and spacing that the vocabulary cannot express would count as errors.
+    Sources and references are scored in the model's spelling (`model.normalize_text`): its case,
+    spaces and punctuation, which it cannot write otherwise, and the texts' own words and accents.
+    Rows with `refs` are scored against all of their references.
 
     Args:
         model: a loaded model (`dlmone_fast.load`); see `CandidateModel` for what is asked of it.
@@ -66,15 +66,18 @@ def evaluate_model(
         seed: of the texts (each row has its own noise, see `row_seeds`) and of the bootstrap.
         joint_truncation: cut source and reference together to the sequence length, as DiffuSeq
             does with its test rows, instead of the source alone to the model's limit; and decode
-            as it does, from the decoder's arg-max without a cut at the first [SEP].
+            as it does, from the decoder's arg-max without a cut at the first [SEP]. References are
+            then what their ids decode to, as in the original's files.
         exact: task metrics that get the sources and each source's candidates; what they return
             becomes the entry `exact`.
         generations_dir: also write one file per candidate there, in DiffuSeq's format.
 
     Returns:
         The dictionary of `score_generations`, with `baselines` (`copy` and `reference`: the same
-        scores of the source and of the reference as output) and `run` (settings, row count,
-        truncated sources, seconds; device, precision and backend of a model that tells them).
+        scores of the source and of the reference as output; `vocabulary`, where the model's
+        vocabulary cannot write all references: what it makes of them) and `run` (settings, row
+        count, truncated sources, seconds; device, precision and backend of a model that tells
+        them).
 
     Raises:
         UsageError: an argument out of range; DataError: rows that cannot be read.
@@ -92,14 +95,10 @@ def evaluate_model(
     pairs = _rows(data_dir, rows, split, max_rows)
     encoded = None
     if joint_truncation:
-        cut = [model.encode_jointly(row.src, row.trg) for row in pairs]
-        encoded = [source for source, _ in cut]
-        sources, references = (
-            [model.decode_text(ids) for ids in side] for side in zip(*cut, strict=True)
-        )
+        encoded, sources, references = _cut_jointly(model, pairs)
     else:
         sources = [model.normalize_text(row.src) for row in pairs]
-        references = [model.normalize_text(row.trg) for row in pairs]
+        references = [[model.normalize_text(text) for text in row.references] for row in pairs]
     batch = model.generate_candidates(
         [row.src for row in pairs],
         num_candidates=num_candidates,
@@ -123,7 +122,25 @@ def evaluate_model(
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
         "temperature": temperature, **_how_it_runs(model),
     }  # fmt: skip
-    return _scored(sources, references, candidates, options, {**settings, **_cost(batch)})
+    written = None if joint_truncation else _through_vocabulary(model, pairs)
+    return _scored(sources, references, candidates, options, {**settings, **_cost(batch)}, written)
+
+
+def _cut_jointly(
+    model: CandidateModel, pairs: Sequence[Row]
+) -> tuple[list[list[int]], list[str], list[list[str]]]:
+    """Ids and text of each source, and each row's references, cut with the source as DiffuSeq cuts
+    a pair; the source is the one that is cut with the target."""
+    cut = [[model.encode_jointly(row.src, text) for text in row.references] for row in pairs]
+    encoded = [known[0][0] for known in cut]
+    references = [[model.decode_text(ids) for _, ids in known] for known in cut]
+    return encoded, [model.decode_text(ids) for ids in encoded], references
+
+
+def _through_vocabulary(model: CandidateModel, pairs: Sequence[Row]) -> list[str] | None:
+    """The targets as the model's vocabulary writes them; None of a model that does not tell."""
+    write = getattr(model, "through_vocabulary", None)
+    return None if write is None else [write(row.trg) for row in pairs]
 
 
 def evaluate_generations(
@@ -148,7 +165,7 @@ def evaluate_generations(
     first = slice(max_rows or None)
     return _scored(
         texts.sources[first],
-        texts.references[first],
+        texts.refs[first],
         [column[first] for column in texts.candidates],
         _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact),
         {"files": [os.fspath(path) for path in paths]},
@@ -167,12 +184,16 @@ class _ScoreOptions:
 
 def _scored(
     sources: list[str],
-    references: list[str],
+    references: list[list[str]],
     candidates: list[list[str]],
     options: _ScoreOptions,
     run: dict[str, Any],
+    written: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Scores of the candidates, and of the two texts that need no model."""
+    """Scores of the candidates, and of the texts that need no model.
+
+    `written` holds the references as the model's vocabulary gives them back.
+    """
     score = partial(
         score_generations,
         sources,
@@ -183,7 +204,10 @@ def _scored(
         bertscore_layer=options.bertscore_layer,
     )
     result = score(candidates, mbr=options.mbr)
-    result["baselines"] = {"copy": score([sources]), "reference": score([references])}
+    first = [known[0] for known in references]
+    result["baselines"] = {"copy": score([sources]), "reference": score([first])}
+    if written is not None and any(map(_differs, written, references)):
+        result["baselines"]["vocabulary"] = score([written])
     if options.exact is not None:
         result["exact"] = options.exact(
             sources, [list(row) for row in zip(*candidates, strict=True)]
@@ -209,6 +233,10 @@ def _rows(
     if not chosen:
         raise UsageError("rows: expected at least 1 row, got 0.")
     return chosen
+
+
+def _differs(text: str, references: Sequence[str]) -> bool:
+    return text not in references
 
 
 def _how_it_runs(model: CandidateModel) -> dict[str, str]:
