@@ -120,10 +120,9 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         # A boolean is the slip to expect, and "must be a string" no way out of it.
-        if isinstance(self.strip_accents, bool):
-            raise ConfigError(
-                f'strip_accents must be "auto", "on" or "off", in quotes; got {self.strip_accents}'
-            )
+        given: object = self.strip_accents
+        if isinstance(given, bool):
+            raise ConfigError(f'strip_accents must be "auto", "on" or "off" in quotes, got {given}')
         super().__post_init__()
 
     def check(self) -> None:

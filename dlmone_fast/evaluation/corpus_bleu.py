@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,6 +69,7 @@ def corpus_bleu_signature(reference_counts: Iterable[int] = (1,)) -> str:
     # The signature names the number of references, which is known only after a score.
     counts = sorted(set(reference_counts))
     places = range(counts[-1])
-    streams = [["one" if place < count else None for count in counts] for place in places]
+    # None stands for a reference that a row has not; sacreBLEU's own types do not know it.
+    streams: Any = [["one" if place < count else None for count in counts] for place in places]
     metric.corpus_score(["one"] * len(counts), streams)
     return str(metric.get_signature())

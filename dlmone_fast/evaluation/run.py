@@ -117,7 +117,7 @@ def evaluate_model(
         for index, texts in enumerate(candidates):
             path = Path(generations_dir) / f"seed{seed}-candidate{index}.jsonl"
             write_generations(path, sources, references, texts)
-    options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
+    options = _ScoreOptions(mbr, int(bootstrap), int(seed), bertscore_model, bertscore_layer, exact)
     settings = {
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
         "temperature": temperature, **_how_it_runs(model),
@@ -167,7 +167,7 @@ def evaluate_generations(
         texts.sources[first],
         texts.refs[first],
         [column[first] for column in texts.candidates],
-        _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact),
+        _ScoreOptions(mbr, int(bootstrap), int(seed), bertscore_model, bertscore_layer, exact),
         {"files": [os.fspath(path) for path in paths]},
     )
 
