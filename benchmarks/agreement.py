@@ -111,7 +111,7 @@ def _agreement(found: list[list[int]], expected: list[list[int]], pad: int) -> f
 def _quality(model: Generator, rows: Sequence[Any]) -> str:
     quality, name = (GRAMMAR, "joint") if model.task.startswith("grammar") else (TEXT, "bleu")
     sources = [model.normalize_text(row.src) for row in rows]
-    references = [model.normalize_text(row.trg) for row in rows]
+    references = [[model.normalize_text(text) for text in row.references] for row in rows]
     texts = model.generate(
         [row.src for row in rows], seed=range(len(rows)), on_overflow="truncate", progress=False
     )

@@ -194,6 +194,11 @@ class AlignedTokenizer(TextTokenizer):
             in_word = is_letter
         return " ".join(parts)
 
+    def respell(self, text: str) -> str:
+        """Return the word in the letters that are read, lower-cased."""
+        self.encode([text])
+        return _lowered(text)
+
     def _word(self, text: str, place: int) -> list[int]:
         word = _lowered(text)
         if not word:

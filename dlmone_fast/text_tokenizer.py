@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from dlmone_fast.checks import as_whole, is_whole
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.files import write_atomically
+from dlmone_fast.textfiles import decoded
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEFAULT_MAX_CHARS = 20_000
@@ -40,7 +41,7 @@ class TextTokenizer(ABC):
 
     def __init__(self, vocabulary: Sequence[str], max_chars: int = DEFAULT_MAX_CHARS) -> None:
         """Raise ModelFileError for a vocabulary that lacks a special token or repeats one."""
-        if not isinstance(max_chars, int) or not 1 <= max_chars <= 2**31:
+        if not is_whole(max_chars, 1, 2**31):
             raise UsageError(f"max_chars: expected 1 to {2**31}, got {max_chars!r}")
         self.vocabulary = tuple(vocabulary)
         self.max_chars = max_chars
@@ -79,6 +80,13 @@ class TextTokenizer(ABC):
     @abstractmethod
     def _text(self, ids: list[int]) -> str:
         """The text of checked ids."""
+
+    @abstractmethod
+    def respell(self, text: str) -> str:
+        """Return the text as `decode_clean` writes it where the vocabulary knows all of it.
+
+        Raise PromptError as `encode` does.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text as DiffuSeq's decoding does: special tokens kept, trailing [PAD] cut.
@@ -127,10 +135,12 @@ class TextTokenizer(ABC):
         return unicode_text(text, name)
 
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
-        try:
-            checked = [operator.index(token) for token in ids]
-        except TypeError as error:
-            raise UsageError(f"ids: expected a sequence of int ({error})") from error
+        checked = []
+        for token in ids:
+            number = as_whole(token)
+            if number is None:
+                raise UsageError(f"ids: expected a sequence of int, got {token!r:.80} in it")
+            checked.append(number)
         if checked and not 0 <= min(checked) <= max(checked) < self.vocab_size:
             wrong = next(token for token in checked if not 0 <= token < self.vocab_size)
             raise UsageError(
@@ -179,7 +189,7 @@ def read_text(path: Path, sha256: str = "") -> str:
             )
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise ModelFileError(f"{path}: was changed while it was read; load it again")
-        return content.decode("utf-8")
+        return decoded(content)
     except OSError as error:
         raise ModelFileError(
             f"{path}: cannot be read ({error.strerror}); check the path, or copy the file again"

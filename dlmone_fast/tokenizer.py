@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dlmone_fast.boundaries import ALONE, BLANK
+from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.text_tokenizer import (
     DEFAULT_MAX_CHARS,
@@ -86,15 +88,22 @@ class Tokenizer(TextTokenizer):
         self.lowercase = lowercase
         self.strip_accents = strip_accents
         self._backend = _backend(self._ids, lowercase, strip_accents)
+        self._respelling = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
         self._encode_batch = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
         self.hash = self._hash()
 
     @classmethod
-    def from_vocab_file(cls, path: str | Path, lowercase: bool = True) -> Tokenizer:
-        """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id."""
+    def from_vocab_file(
+        cls, path: str | Path, lowercase: bool = True, strip_accents: bool | None = None
+    ) -> Tokenizer:
+        """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id.
+
+        `strip_accents` None: where text is lower-cased, as BERT's uncased models were trained.
+        """
         text = read_text(Path(path))
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        return named(Path(path), lambda: cls(tokens, lowercase=lowercase))
+        build = partial(cls, tokens, lowercase=lowercase, strip_accents=strip_accents)
+        return named(Path(path), build)
 
     @classmethod
     def from_file(cls, path: str | Path, sha256: str = "") -> Tokenizer:
@@ -129,24 +138,40 @@ class Tokenizer(TextTokenizer):
         return tokenizer
 
     @classmethod
-    def learn(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+    def learn(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        lowercase: bool = True,
+        strip_accents: bool = False,
+    ) -> Tokenizer:
         """Learn a vocabulary of at most `vocab_size` tokens; the same texts give the same one.
 
-        Special tokens get ids 0..4. Texts are read once, in a stream.
+        Special tokens get ids 0..4. Texts are read once, in a stream. Accents stay unless
+        `strip_accents` is set: what Unicode calls one are vowels in Hindi and voicing in Japanese.
         """
         smallest = 2 * len(SPECIAL_TOKENS)
-        if not isinstance(vocab_size, int) or not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        if not is_whole(vocab_size, smallest, MAX_VOCAB_SIZE):
             raise UsageError(
                 f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size!r}"
             )
-        splitter = cls(SPECIAL_TOKENS, lowercase=lowercase)
+        splitter = cls(SPECIAL_TOKENS, lowercase=lowercase, strip_accents=strip_accents)
         counts: Counter[str] = Counter()
         for index, text in enumerate(texts):
             counts.update(splitter._split(unicode_text(text, f"texts[{index}]")))
         if not counts:
             raise UsageError("texts: expected at least one word to learn from, got none")
         pieces = learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))
-        return cls([*SPECIAL_TOKENS, *pieces], lowercase=lowercase)
+        return cls([*SPECIAL_TOKENS, *pieces], lowercase=lowercase, strip_accents=strip_accents)
+
+    @property
+    def is_cased(self) -> bool:
+        """Whether a tenth of the words or more have capitals, as in a cased model's vocabulary.
+
+        Names in brackets, as of special tokens, do not count.
+        """
+        words = [token for token in self.vocabulary if not token.startswith("[")]
+        return 10 * sum(word != word.lower() for word in words) >= max(1, len(words))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `[CLS] … [SEP]` ids of each text, in order and never truncated.
@@ -174,15 +199,22 @@ class Tokenizer(TextTokenizer):
             found > most for found in accumulate(map(self._count, _parts(text)))
         )
 
+    def respell(self, text: str) -> str:
+        """Return the text as `decode_clean` writes it where the vocabulary knows every word.
+
+        Lower-cased as this tokenizer does it, words and punctuation spaced alike; no word becomes
+        [UNK] and no accent is stripped. Raise PromptError as `encode` does.
+        """
+        normalised = self._respelling.normalize_str(self._checked(text, "text"))
+        words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(normalised)]
+        return _cleaned(self._backend.decoder.decode(words))
+
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`, in the `tokenizers` library's format."""
         return str(self._backend.to_str(pretty=True))
 
     def _text(self, ids: list[int]) -> str:
-        text = str(self._backend.decode(ids, skip_special_tokens=False))
-        for spaced, joined in _CLEAN_UP:
-            text = text.replace(spaced, joined)
-        return text
+        return _cleaned(self._backend.decode(ids, skip_special_tokens=False))
 
     def _split(self, text: str) -> list[str]:
         normalised = self._backend.normalizer.normalize_str(text)
@@ -200,6 +232,12 @@ class Tokenizer(TextTokenizer):
         }
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cleaned(text: str) -> str:
+    for spaced, joined in _CLEAN_UP:
+        text = text.replace(spaced, joined)
+    return text
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -93,7 +93,21 @@ def _plan(config: Config, teacher: str) -> str:
         from dlmone_fast.training import with_teacher
 
         config = with_teacher(config, load_folder(teacher))
-    return describe(config)
+    return "\n".join([describe(config), *_fidelity_lines(config, teacher)])
+
+
+def _fidelity_lines(config: Config, teacher: str) -> list[str]:
+    """What the tokenizer loses of each split, where there is data to read."""
+    if config.is_grammar or not config.data_dir:
+        return []
+    from dlmone_fast.data.fidelity import split_fidelity
+    from dlmone_fast.data.rows import SPLITS
+    from dlmone_fast.training.pipeline import run_tokenizer
+
+    tokenizer = run_tokenizer(config, teacher)
+    if tokenizer.kind == "aligned":
+        return []
+    return [split_fidelity(config.data_dir, split, tokenizer).line(split) for split in SPLITS]
 
 
 def _check_teacher_speaks(config: Config, teacher: str) -> None:

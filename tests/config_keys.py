@@ -129,6 +129,7 @@ WRONG_WORDS = {
     "diffusion.schedule": "sqrtt",
     "data.task": "qpq",
     "data.tokenizer": "bpe",
+    "data.strip_accents": "yes",
     "teacher.decay": "exponential",
     "teacher.timestep_sampler": "loss",
     "teacher.mse_target": "x0",

@@ -140,7 +140,7 @@ def _scored(
 ) -> ScoredRows:
     return score_rows(
         texts.sources,
-        texts.references,
+        texts.refs,
         candidates,
         bertscore_model=options.bertscore_model,
         bertscore_layer=options.bertscore_layer,

@@ -15,6 +15,7 @@ from benchmarks.quality.tables import QUALITY
 from dlmone_fast.comparison.measure import Measuring
 from dlmone_fast.comparison.quality import Metric, Quality, grammar_scores, text_scores
 from dlmone_fast.errors import UsageError
+from dlmone_fast.evaluation.bleu import Reference
 
 BOOTSTRAP = 1000
 _BATCH_SIZE = 64
@@ -137,7 +138,10 @@ def _row(pair: Pair, system: System) -> Row:
 
 
 def _joint_and_text_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     scores = text_scores(sources, references, candidates, bootstrap)
     exact = grammar_scores(sources, references, candidates, bootstrap)

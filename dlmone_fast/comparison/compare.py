@@ -12,6 +12,7 @@ import torch
 from dlmone_fast.comparison.measure import Measuring
 from dlmone_fast.comparison.quality import Quality, quality_of
 from dlmone_fast.data.rows import load_rows
+from dlmone_fast.evaluation.report import VOCABULARY_ROW
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.denoiser import denoiser_from_folder
@@ -98,14 +99,18 @@ class Comparison(Measuring):
         return Measured(system, steps, rows * candidates, scores, seconds)
 
     def reference_rows(self) -> list[Measured]:
-        """The source as output, and the reference as output, where the task has such rows."""
+        """The source as output, the reference as output, and, where it is another text, what the
+        vocabulary makes of the reference: the most that any model here can write. Nothing where
+        the task has no such rows."""
         if not self.quality.baselines:
             return []
-        copies = [[text] for text in self.sources]
-        references = [[text] for text in self.references]
+        outputs = {"copy of the source": self.sources, "reference": self.references}
+        written = [self.student.through_vocabulary(row.trg) for row in self.rows]
+        if written != self.references:
+            outputs[VOCABULARY_ROW] = written
         return [
-            Measured("copy of the source", None, len(copies), self.score_texts(copies), None),
-            Measured("reference", None, len(references), self.score_texts(references), None),
+            Measured(name, None, len(texts), self.score_texts([[text] for text in texts]), None)
+            for name, texts in outputs.items()
         ]
 
     def fewest_teacher_steps(self) -> Measured | None:

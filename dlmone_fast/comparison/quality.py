@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dlmone_fast.data.rows import Row
+from dlmone_fast.evaluation.bleu import Reference
 from dlmone_fast.evaluation.bootstrap import mean_interval, percentile_interval, resampled_sums
 from dlmone_fast.evaluation.pronunciation import score_pronunciations
 from dlmone_fast.evaluation.scores import score_generations
@@ -38,6 +39,11 @@ def normal_targets(rows: Sequence[Row], normalize_text: Callable[[str], str]) ->
     return [normalize_text(row.trg) for row in rows]
 
 
+def normal_references(rows: Sequence[Row], normalize_text: Callable[[str], str]) -> list[list[str]]:
+    """All references of each row as the models' tokenizer writes them."""
+    return [[normalize_text(text) for text in row.references] for row in rows]
+
+
 def all_references(
     rows: Sequence[Row], normalize_text: Callable[[str], str]
 ) -> list[tuple[str, ...]]:
@@ -54,7 +60,8 @@ class Quality:
         headline: the score that systems are compared by; more is better.
         tolerance: how near counts as equal.
         score: (sources, references, candidates, bootstrap) → scores.
-        references: what texts are scored against, from the rows and the models' way of writing.
+        references: the target of each row, as a text of its own in the table.
+        known: all that texts are scored against, from the rows and the models' way of writing.
         baselines: whether the source and the reference as output are rows of the table.
         note: a line below the table.
     """
@@ -64,12 +71,16 @@ class Quality:
     tolerance: float
     score: Callable[[Sequence[str], Sequence[Any], list[list[str]], int], dict[str, object]]
     references: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_targets
+    known: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_references
     baselines: bool = True
     note: str = ""
 
 
 def grammar_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     """Exact metrics of the embedded task, with bootstrap intervals over sources."""
     found = grammar.score(sources, candidates)
@@ -92,7 +103,10 @@ def grammar_scores(
 
 
 def text_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     """The paper's metrics and the copy-aware ones."""
     columns = [list(column) for column in zip(*candidates, strict=True)]
@@ -145,6 +159,7 @@ TEXT = Quality(
         Metric("self-BLEU", "self_bleu"),
         Metric("empty", "empty"),
         Metric("copies", "exact_copy"),
+        Metric("[UNK]", "unknown"),
     ),
     "ibleu",
     0.01,

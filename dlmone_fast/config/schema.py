@@ -160,6 +160,9 @@ class DataConfig(Section):
     vocab_size: int = 8000
     """Size of a learned vocabulary."""
     lowercase: bool = True
+    strip_accents: str = "auto"
+    """Strip accents, and with them vowel signs and voicing marks: on, off, or auto: off for a
+    learned vocabulary; for a vocab_file as BERT does, on where text is lower-cased."""
     max_chars: int = 20_000
     """Longest text in characters, checked before tokenising."""
     max_source_tokens: int = 0
@@ -169,7 +172,15 @@ class DataConfig(Section):
     both_directions: bool = False
     """Train on every row twice, the second time with source and target exchanged."""
 
+    def __post_init__(self) -> None:
+        # A boolean is the slip to expect, and "must be a string" no way out of it.
+        given: object = self.strip_accents
+        if isinstance(given, bool):
+            raise ConfigError(f'strip_accents must be "auto", "on" or "off" in quotes, got {given}')
+        super().__post_init__()
+
     def check(self) -> None:
+        one_of(self, ("auto", "on", "off"), "strip_accents")
         tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "g2p", "custom")
         one_of(self, tasks, "task")
         one_of(self, ("wordpiece", "aligned"), "tokenizer")
@@ -197,6 +208,11 @@ class DataConfig(Section):
                     f"{name} is {shown(getattr(self, name))}, which tokenizer = 'aligned' cannot "
                     f"use ({reason}); leave it at its default, or use tokenizer = 'wordpiece'"
                 )
+
+    @property
+    def strips_accents(self) -> bool | None:
+        """Whether accents are stripped; None: as the kind of vocabulary asks for."""
+        return {"auto": None, "on": True, "off": False}[self.strip_accents]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dlmone_fast.checks import as_whole, is_whole
 from dlmone_fast.config import ModelConfig
 from dlmone_fast.config.room import SEPARATORS
 from dlmone_fast.data.cache import TokenCache
@@ -160,7 +161,7 @@ class BatchStream:
         self.lengths = lengths
         if self.rows < 1:
             raise UsageError("cache: expected at least one row, got none")
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**24:
+        if not is_whole(batch_size, 1, 2**24):
             raise UsageError(f"batch_size: expected 1 to {2**24}, got {batch_size!r}")
         self.seed = seed
         self.batch_size = batch_size
@@ -169,7 +170,7 @@ class BatchStream:
 
     def batch_rows(self, step: int) -> IntArray:
         """Return the row indices of global batch `step` (from 0), int64 [batch_size]."""
-        if not 0 <= step < 2**48:
+        if not is_whole(step, 0, 2**48 - 1):
             raise UsageError(f"step: expected 0 to {2**48 - 1}, got {step}")
         place, left, parts = step * self.batch_size, self.batch_size, []
         while left:
@@ -213,8 +214,8 @@ def lengths_for(cache: TokenCache, sizes: ModelConfig) -> IntArray | None:
 
 def batches_in_order(rows: int, batch_size: int) -> Iterator[IntArray]:
     """Yield row indices 0 … rows - 1 in order, the last batch ragged (evaluation)."""
-    if batch_size < 1:
-        raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
+    if (as_whole(batch_size) or 0) < 1:
+        raise UsageError(f"batch_size: expected at least 1, got {batch_size!r}")
     for start in range(0, rows, batch_size):
         yield np.arange(start, min(start + batch_size, rows), dtype=np.int64)
 

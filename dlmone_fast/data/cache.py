@@ -7,6 +7,7 @@ killed builds are never read and may be deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlmone_fast.aligned_tokenizer import AlignedTokenizer
+from dlmone_fast.data.fidelity import Fidelity
 from dlmone_fast.data.ragged import RaggedWriter
 from dlmone_fast.data.rows import Row, read_rows
 from dlmone_fast.errors import DataError
@@ -166,7 +168,7 @@ def _install(building: Path, folder: Path, identity: dict[str, Any]) -> None:
 def _write_arrays(folder: Path, data_path: Path, tokenizer: TextTokenizer) -> tuple[int, list[int]]:
     """Write the ids; return the rows written and the lines of those left out."""
     src, trg = RaggedWriter(folder, "src"), RaggedWriter(folder, "trg")
-    count, dropped, complete = 0, list[int](), False
+    count, dropped, complete, fidelity = 0, list[int](), False, Fidelity()
     try:
         for chunk in _chunks(_with_progress(_fitting(data_path, tokenizer), data_path.name)):
             sources, targets, without = _encoded(chunk, tokenizer)
@@ -174,10 +176,16 @@ def _write_arrays(folder: Path, data_path: Path, tokenizer: TextTokenizer) -> tu
             trg.append(targets)
             count += len(sources)
             dropped += without
+            if tokenizer.kind == "wordpiece":
+                fidelity.add(tokenizer, [row.src for row in chunk], sources)
+                fidelity.add(tokenizer, [row.trg for row in chunk], targets)
         complete = True
     finally:
         src.close(complete=complete)
         trg.close(complete=complete)
+    if tokenizer.kind == "wordpiece":
+        with contextlib.suppress(OSError):
+            print(fidelity.line(data_path.name), file=sys.stderr)
     return count, dropped
 
 

@@ -61,5 +61,9 @@ class CandidateModel(Protocol):
         ...
 
     def normalize_text(self, text: str) -> str:
-        """Encode and decode without special tokens: the text as the model itself would write it."""
+        """The text in the model's spelling (case, spaces, punctuation), with all of its words.
+
+        A model that also has `through_vocabulary(text)`, which encodes and decodes, gets a row that
+        tells what its vocabulary cannot write.
+        """
         ...

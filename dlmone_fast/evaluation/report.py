@@ -19,14 +19,17 @@ _REFERENCE_COLUMNS = (
     ("Div-4", "div_4", 4),
     ("sacreBLEU", "sacrebleu", 2),
 )
+VOCABULARY_ROW = "reference in the model's vocabulary"
 _SOURCE_COLUMNS = (
     ("source-BLEU", "source_bleu", 4),
     ("iBLEU", "ibleu", 4),
     ("exact copies", "exact_copy", 4),
+    ("exact match", "exact_match", 4),
     ("empty", "empty", 4),
     ("repeats", "repeat", 4),
     ("length ratio", "length_ratio", 3),
     ("words", "avg_len", 2),
+    ("[UNK]", "unknown", 4),
 )
 
 
@@ -91,7 +94,10 @@ def _systems(result: Mapping[str, Any], name: str) -> list[tuple[str, Mapping[st
     if result["mbr"] is not None:
         rows.append((f"{name}, MBR-{result['run']['num_candidates']}", result["mbr"]))
     baselines = result["baselines"]
-    return [*rows, ("copy of the source", baselines["copy"]), ("reference", baselines["reference"])]
+    rows += [("copy of the source", baselines["copy"]), ("reference", baselines["reference"])]
+    if "vocabulary" in baselines:
+        rows.append((VOCABULARY_ROW, baselines["vocabulary"]))
+    return rows
 
 
 def _table(
@@ -146,6 +152,12 @@ def _notes(result: Mapping[str, Any], name: str, task: str) -> list[str]:
     ]
     if result["bertscore"] is None:
         notes.append("BERTScore: skipped, no local model given (--bertscore-model DIR).")
+    if "vocabulary" in result["baselines"]:
+        notes.append(
+            f"{VOCABULARY_ROW}: what the tokenizer gives back of the references, and so the most "
+            "that any model with it can score; accents that it strips and words that it writes as "
+            "[UNK] match nothing."
+        )
     if result["self_bleu"] is None:
         notes.append("self-BLEU: undefined with one candidate per source.")
     return notes + _copy_notes(result, name, task)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.data.rows import Row, find_split, load_rows
 from dlmone_fast.errors import DataError, PromptError, UsageError
 from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
@@ -54,9 +55,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Generate for the rows of a split (or the given `rows`) and score the texts.
 
-    Sources and references are scored as the model's tokenizer writes them
-    (`model.normalize_text`), as DiffuSeq compares decoded word pieces and not raw text; without
-    it, casing and spacing that the vocabulary cannot express would count as errors.
+    Sources and references are scored in the model's spelling (`model.normalize_text`): its case,
+    spaces and punctuation, which it cannot write otherwise, and the texts' own words and accents.
+    Rows with `refs` are scored against all of their references.
 
     Args:
         model: a loaded model (`dlmone_fast.load`); see `CandidateModel` for what is asked of it.
@@ -69,7 +70,8 @@ def evaluate_model(
         seed: of the texts (each row has its own noise, see `row_seeds`) and of the bootstrap.
         joint_truncation: cut source and reference together to the sequence length, as DiffuSeq
             does with its test rows, instead of the source alone to the model's limit; and decode
-            as it does, from the decoder's arg-max without a cut at the first [SEP].
+            as it does, from the decoder's arg-max without a cut at the first [SEP]. References are
+            then what their ids decode to, as in the original's files.
         exact: task metrics that get the sources and each source's candidates; what they return
             becomes the entry `exact`.
         task: "g2p" scores phonemes against all references of a word, instead of text; None: the
@@ -78,9 +80,10 @@ def evaluate_model(
 
     Returns:
         The dictionary of `score_generations`, with `baselines` (`copy` and `reference`: the same
-        scores of the source and of the reference as output) and `run` (settings, row count,
-        truncated sources, seconds; device, precision and backend of a model that tells them).
-        For the task g2p that of `score_pronunciations`, with `run`.
+        scores of the source and of the reference as output; `vocabulary`, where the model's
+        vocabulary cannot write all references: what it makes of them) and `run` (settings, row
+        count, truncated sources, seconds; device, precision and backend of a model that tells
+        them). For the task g2p that of `score_pronunciations`, with `run`.
 
     Raises:
         UsageError: an argument out of range, or one that the task has no use for.
@@ -103,17 +106,16 @@ def evaluate_model(
     where = "rows" if data_dir is None else str(find_split(Path(data_dir), split))
     encoded = None
     if joint_truncation:
-        cut = [model.encode_jointly(row.src, row.trg) for row in pairs]
-        encoded = [source for source, _ in cut]
-        sources, references = (
-            [model.decode_text(ids) for ids in side] for side in zip(*cut, strict=True)
-        )
+        encoded, sources, references = _cut_jointly(model, pairs)
     else:
         with _naming_the_row(model, pairs, where, on_overflow):
             sources = [model.normalize_text(row.src) for row in pairs]
         # The phonemes of a word are compared as they are, whatever letters the model reads.
         spoken = task == g2p.TASK
-        references = [row.trg if spoken else model.normalize_text(row.trg) for row in pairs]
+        references = [
+            list(row.references) if spoken else [model.normalize_text(t) for t in row.references]
+            for row in pairs
+        ]
     with _naming_the_row(model, pairs, where, on_overflow):
         batch = model.generate_candidates(
             [row.src for row in pairs],
@@ -133,15 +135,33 @@ def evaluate_model(
         for index, texts in enumerate(candidates):
             path = Path(generations_dir) / f"seed{seed}-candidate{index}.jsonl"
             write_generations(path, sources, references, texts)
-    options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
+    options = _ScoreOptions(mbr, int(bootstrap), int(seed), bertscore_model, bertscore_layer, exact)
     settings = {
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
         "temperature": temperature, **_how_it_runs(model),
     }  # fmt: skip
     run = {**settings, **_cost(batch)}
     if task == g2p.TASK:
-        return _pronounced([row.references for row in pairs], batch.texts, options, run)
-    return _scored(sources, references, candidates, options, run)
+        return _pronounced(references, batch.texts, options, run)
+    written = None if joint_truncation else _through_vocabulary(model, pairs)
+    return _scored(sources, references, candidates, options, run, written)
+
+
+def _cut_jointly(
+    model: CandidateModel, pairs: Sequence[Row]
+) -> tuple[list[list[int]], list[str], list[list[str]]]:
+    """Ids and text of each source, and each row's references, cut with the source as DiffuSeq cuts
+    a pair; the source is the one that is cut with the target."""
+    cut = [[model.encode_jointly(row.src, text) for text in row.references] for row in pairs]
+    encoded = [known[0][0] for known in cut]
+    references = [[model.decode_text(ids) for _, ids in known] for known in cut]
+    return encoded, [model.decode_text(ids) for ids in encoded], references
+
+
+def _through_vocabulary(model: CandidateModel, pairs: Sequence[Row]) -> list[str] | None:
+    """The targets as the model's vocabulary writes them; None of a model that does not tell."""
+    write = getattr(model, "through_vocabulary", None)
+    return None if write is None else [write(row.trg) for row in pairs]
 
 
 def evaluate_generations(
@@ -169,13 +189,13 @@ def evaluate_generations(
     check_resamples(bootstrap)
     texts = read_generations(paths)
     first = slice(max_rows or None)
-    references = texts.references[first]
+    references = texts.refs[first]
     candidates = [column[first] for column in texts.candidates]
-    options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
+    options = _ScoreOptions(mbr, int(bootstrap), int(seed), bertscore_model, bertscore_layer, exact)
     run = {"files": [os.fspath(path) for path in paths]}
     if task == g2p.TASK:
         of_words = [list(row) for row in zip(*candidates, strict=True)]
-        return _pronounced([(text,) for text in references], of_words, options, run)
+        return _pronounced(references, of_words, options, run)
     return _scored(texts.sources[first], references, candidates, options, run)
 
 
@@ -191,12 +211,16 @@ class _ScoreOptions:
 
 def _scored(
     sources: list[str],
-    references: list[str],
+    references: list[list[str]],
     candidates: list[list[str]],
     options: _ScoreOptions,
     run: dict[str, Any],
+    written: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Scores of the candidates, and of the two texts that need no model."""
+    """Scores of the candidates, and of the texts that need no model.
+
+    `written` holds the references as the model's vocabulary gives them back.
+    """
     score = partial(
         score_generations,
         sources,
@@ -207,7 +231,10 @@ def _scored(
         bertscore_layer=options.bertscore_layer,
     )
     result = score(candidates, mbr=options.mbr)
-    result["baselines"] = {"copy": score([sources]), "reference": score([references])}
+    first = [known[0] for known in references]
+    result["baselines"] = {"copy": score([sources]), "reference": score([first])}
+    if written is not None and any(map(_differs, written, references)):
+        result["baselines"]["vocabulary"] = score([written])
     if options.exact is not None:
         result["exact"] = options.exact(
             sources, [list(row) for row in zip(*candidates, strict=True)]
@@ -289,6 +316,10 @@ def _rows(
     return chosen
 
 
+def _differs(text: str, references: Sequence[str]) -> bool:
+    return text not in references
+
+
 def _how_it_runs(model: CandidateModel) -> dict[str, str]:
     """Device, precision and backend, which a timing means nothing without, where it tells them."""
     names = ("device", "precision", "backend")
@@ -304,5 +335,5 @@ def _cost(batch: CandidateBatch) -> dict[str, float | int]:
 
 
 def _check_range(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if not is_whole(value, low, high):
         raise UsageError(f"{name}: expected {low} to {high}, got {value!r}.")

@@ -122,7 +122,12 @@ class Generator:
         return self._tokenizer
 
     def normalize_text(self, text: str) -> str:
-        """The text as the tokenizer reproduces it: what a perfect model would return."""
+        """The text in the model's spelling, as which sources and references are compared: case,
+        spaces and punctuation are its own, every word and every accent is the text's."""
+        return self.tokenizer.respell(text)
+
+    def through_vocabulary(self, text: str) -> str:
+        """The text as the tokenizer gives it back: what a perfect model would return."""
         return self.tokenizer.decode_clean(self.tokenizer.encode([text])[0])
 
     def decode_text(self, ids: Sequence[int]) -> str:
@@ -452,8 +457,8 @@ class Generator:
             sizes.seq_len,
             self.tokenizer,
             limit,
-            on_overflow,
-            sizes.source_positions,  # type: ignore[arg-type]
+            on_overflow,  # type: ignore[arg-type]
+            sizes.source_positions,
         )
 
     def _output(

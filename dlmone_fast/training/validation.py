@@ -91,7 +91,7 @@ class Validator:
     def _text_scores(self, generator: Generator, texts: list[list[str]]) -> dict[str, float]:
         normal_text = generator.normalize_text
         sources = [normal_text(row.src) for row in self.rows]
-        references = [normal_text(row.trg) for row in self.rows]
+        references = [[normal_text(text) for text in row.references] for row in self.rows]
         first = [candidates[0] for candidates in texts]
         scores = score_generations(sources, references, [first], bootstrap=0)
         few = self._sources[:_DIVERSITY_ROWS]
@@ -106,7 +106,9 @@ class Validator:
             [list(column) for column in zip(*diverse, strict=True)],
             bootstrap=0,
         )
-        kept = ("bleu", "ibleu", "rouge_l", "empty", "length_ratio", "repeat", "exact_copy")
+        kept = (
+            "bleu", "ibleu", "rouge_l", "empty", "length_ratio", "repeat", "exact_copy", "unknown"
+        )  # fmt: skip
         return {
             **{name: float(scores[name]) for name in kept},
             "self_bleu": float(spread["self_bleu"]),

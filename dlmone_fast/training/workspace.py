@@ -279,20 +279,56 @@ def _tokenizer(config: Config, root: Path, data_dir: Path) -> TextTokenizer:
     tokenizer: TextTokenizer
     if saved.exists():
         tokenizer = read_tokenizer(saved)
-    elif config.is_grammar:
-        tokenizer = Tokenizer.from_words(grammar.vocabulary(config.data.task))
-    elif config.data.tokenizer == "aligned":
+        tokenizer.max_chars = config.data.max_chars
+        return tokenizer
+    tokenizer = make_tokenizer(config, data_dir)
+    tokenizer.save(saved)
+    return tokenizer
+
+
+def make_tokenizer(config: Config, data_dir: Path) -> TextTokenizer:
+    """The tokenizer that a configuration asks for, made anew; nothing is written.
+
+    Raises:
+        DataError, ModelFileError: the vocabulary or the rows to learn it on cannot be read.
+        ConfigError: the vocabulary's case is not the configuration's.
+    """
+    data = config.data
+    tokenizer: TextTokenizer
+    if config.is_grammar:
+        tokenizer = Tokenizer.from_words(grammar.vocabulary(data.task))
+    elif data.tokenizer == "aligned":
         pairs = ((row.src, row.trg) for row in read_rows(find_split(data_dir, "train")))
         tokenizer = AlignedTokenizer.learn(pairs, output_case="upper")
-    elif config.data.vocab_file:
-        vocab = find_vocabulary(config.data.vocab_file, data_dir)
-        tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
+    elif data.vocab_file:
+        tokenizer = tokenizer_of_file(config, data_dir)
     else:
-        texts = _texts(find_split(data_dir, "train"))
-        tokenizer = Tokenizer.learn(texts, config.data.vocab_size, config.data.lowercase)
-    tokenizer.max_chars = config.data.max_chars
-    if not saved.exists():
-        tokenizer.save(saved)
+        tokenizer = Tokenizer.learn(
+            _texts(find_split(data_dir, "train")),
+            data.vocab_size,
+            data.lowercase,
+            data.strips_accents or False,
+        )
+    tokenizer.max_chars = data.max_chars
+    return tokenizer
+
+
+def tokenizer_of_file(config: Config, data_dir: Path) -> Tokenizer:
+    """The tokenizer of `data.vocab_file`.
+
+    Raises:
+        DataError: it is not found; ModelFileError: it cannot be read.
+        ConfigError: text would be lower-cased for a vocabulary of words with capitals.
+    """
+    data = config.data
+    path = find_vocabulary(data.vocab_file, data_dir)
+    tokenizer = Tokenizer.from_vocab_file(path, data.lowercase, data.strips_accents)
+    if data.lowercase and tokenizer.is_cased:
+        raise ConfigError(
+            f"data.lowercase is true, and {path} is a cased vocabulary, whose words with capitals "
+            "would never be used; set data.lowercase = false (--data.no-lowercase), or name an "
+            "uncased data.vocab_file"
+        )
     return tokenizer
 
 
