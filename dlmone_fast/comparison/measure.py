@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from dlmone_fast.comparison.quality import Quality
@@ -45,8 +46,13 @@ class Measuring:
         self.rows, self.quality = rows, quality
         self.seed, self.batch_size, self.bootstrap = seed, batch_size, bootstrap
         self.sources = [normalize_text(row.src) for row in rows]
-        self.references = quality.references(rows, normalize_text)
-        self._known = quality.known(rows, normalize_text)
+        self._normal = normalize_text
+        self._known = quality.references(rows, normalize_text)
+
+    @cached_property
+    def references(self) -> list[str]:
+        """The target of each row, as a text of its own in the table."""
+        return [self._normal(row.trg) for row in self.rows]
 
     def texts(
         self, model: Generator, steps: int, sampler: str | None, rows: int, candidates: int

@@ -34,11 +34,6 @@ class Metric:
         return f"{value:.{digits}f}{width}"
 
 
-def normal_targets(rows: Sequence[Row], normalize_text: Callable[[str], str]) -> list[str]:
-    """The target of each row as the models' tokenizer writes it."""
-    return [normalize_text(row.trg) for row in rows]
-
-
 def normal_references(rows: Sequence[Row], normalize_text: Callable[[str], str]) -> list[list[str]]:
     """All references of each row as the models' tokenizer writes them."""
     return [[normalize_text(text) for text in row.references] for row in rows]
@@ -60,8 +55,7 @@ class Quality:
         headline: the score that systems are compared by; more is better.
         tolerance: how near counts as equal.
         score: (sources, references, candidates, bootstrap) → scores.
-        references: the target of each row, as a text of its own in the table.
-        known: all that texts are scored against, from the rows and the models' way of writing.
+        references: all that texts are scored against, from the rows and the models' spelling.
         baselines: whether the source and the reference as output are rows of the table.
         note: a line below the table.
     """
@@ -70,8 +64,7 @@ class Quality:
     headline: str
     tolerance: float
     score: Callable[[Sequence[str], Sequence[Any], list[list[str]], int], dict[str, object]]
-    references: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_targets
-    known: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_references
+    references: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_references
     baselines: bool = True
     note: str = ""
 
