@@ -80,6 +80,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "teacher.log_snr_offset": (-20, 20),
     "teacher.log_snr_scale": (0.01, 20),
     "teacher.log_snr_uniform_share": (0, 1),
+    "teacher.pure_noise_share": (0, 1),
     "teacher.pad_weight": (0, 1),
     "teacher.condition_dropout": (0, 1),
     "teacher.self_conditioning_share": (0, 1),

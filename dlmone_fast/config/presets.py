@@ -152,7 +152,7 @@ def _g2p() -> Config:
             embedding_dim=32,
             time_dim=64,
             hidden_size=256,
-            num_layers=4,
+            num_layers=5,
             num_heads=4,
             ffn_size=1024,
             norm="pre",
@@ -169,9 +169,9 @@ def _g2p() -> Config:
             ema_decay=0.999,
             ema_warmup=True,
             timestep_sampler="log-snr",
-            # Most of what there is to learn stands in the word: little is left to read off x_t.
-            log_snr_offset=3.0,
             log_snr_uniform_share=0.1,
+            # What there is to learn stands in the word, and nearly all of it.
+            pure_noise_share=0.5,
             save_every=250,
             validate_every=1000,
         ),

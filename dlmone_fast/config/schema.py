@@ -244,6 +244,8 @@ class TeacherConfig(Section):
     """log-snr: scale of the Gumbel distribution of -ln SNR, in nats."""
     log_snr_uniform_share: float = 0.2
     """log-snr: share of the draws of t that stay uniform."""
+    pure_noise_share: float = 0.0
+    """log-snr: share of the draws at the last t, where everything is to be read off the source."""
     embedding_noise: bool = True
     """Start from E + sigma_0 * noise on every position, as DiffuSeq does, instead of from E."""
     mse_target: str = "noised"
@@ -277,7 +279,12 @@ class TeacherConfig(Section):
         within(self, -20, 20, "log_snr_offset")
         within(self, 0.01, 20, "log_snr_scale")
         within(self, 0, 1, "log_snr_uniform_share", "pad_weight", "self_conditioning_share")
-        within(self, 0, 1, "condition_dropout")
+        within(self, 0, 1, "condition_dropout", "pure_noise_share")
+        if self.log_snr_uniform_share + self.pure_noise_share > 1:
+            raise ConfigError(
+                "log_snr_uniform_share and pure_noise_share must be at most 1 together, got "
+                f"{self.log_snr_uniform_share:g} and {self.pure_noise_share:g}"
+            )
         within(self, 1, 10_000_000, "save_every", "validate_every")
         one_of(self, ("linear", "cosine", "constant"), "decay")
         one_of(self, ("uniform", "loss-aware", "log-snr"), "timestep_sampler")

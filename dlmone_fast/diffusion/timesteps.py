@@ -68,14 +68,21 @@ class LogSnrTimesteps(UniformTimesteps):
         location: mode of -ln SNR; `-critical_log_snr` is where tokens become undecodable.
         scale: of the Gumbel distribution, whose long tail lies towards more noise.
         uniform_share: of draws that are uniform over 0 … T - 1.
+        pure_share: of draws at T - 1, where x_t says nothing: the first call of every sampler.
     """
 
     def __init__(
-        self, schedule: Schedule, location: float, scale: float, uniform_share: float
+        self,
+        schedule: Schedule,
+        location: float,
+        scale: float,
+        uniform_share: float,
+        pure_share: float = 0.0,
     ) -> None:
         super().__init__(schedule.num_timesteps)
         self.schedule = schedule
         self.location, self.scale, self.uniform_share = location, scale, uniform_share
+        self.pure_share = pure_share
 
     def sample(self, seed: int, step: int, samples: Tensor) -> tuple[Tensor, Tensor]:
         uniform, weight = super().sample(seed, step, samples)
@@ -83,7 +90,8 @@ class LogSnrTimesteps(UniformTimesteps):
         choice, u = (self._unit(seed, step, samples, word) for word in (2, 3))
         noise = self.location - self.scale * (-u.log()).log()
         t = nearest_timesteps(self.schedule, -noise)
-        return torch.where(choice < self.uniform_share, uniform, t), weight
+        t = torch.where(choice < self.uniform_share, uniform, t)
+        return torch.where(choice >= 1 - self.pure_share, self.num_timesteps - 1, t), weight
 
     @staticmethod
     def _unit(seed: int, step: int, samples: Tensor, word: int) -> Tensor:

@@ -218,4 +218,5 @@ def _timesteps(config: Config, schedule: Schedule) -> TimestepSampler:
         return LossAwareTimesteps(schedule.num_timesteps)
     critical = critical_log_snr(model.embedding_dim, model.vocab_size, model.noise_scale)
     location = c.log_snr_offset - critical
-    return LogSnrTimesteps(schedule, location, c.log_snr_scale, c.log_snr_uniform_share)
+    shares = c.log_snr_uniform_share, c.pure_noise_share
+    return LogSnrTimesteps(schedule, location, c.log_snr_scale, *shares)

@@ -139,3 +139,15 @@ def test_a_share_of_the_log_snr_draws_is_uniform() -> None:
     uniform, _ = log_snr_sampler(1.0).sample(2, 5, ROWS)
     assert torch.equal(uniform, UniformTimesteps(2000).sample(2, 5, ROWS)[0])
     assert torch.equal(t[t < 1999], uniform[t < 1999])
+
+
+def test_a_share_of_the_draws_is_pure_noise() -> None:
+    sampler = log_snr_sampler(0.1)
+    pure = LogSnrTimesteps(sampler.schedule, 3.0, 0.85, 0.1, pure_share=0.5)
+    (before, _), (after, weight) = (s.sample(3, 0, torch.arange(4000)) for s in (sampler, pure))
+    assert (weight == 1).all()
+    last = sampler.num_timesteps - 1
+    assert (
+        0.47 < float((after == last).float().mean() - (before == last).float().mean() * 0.5) < 0.53
+    )
+    assert torch.equal(after[after != last], before[after != last])
