@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             default=Arguments(),
         )
     config = dataclasses.replace(arguments.settings)
-    from dlmone_fast.autoregressive.distil import distil
+    from dlmone_fast.autoregressive.distillation import distil
 
     print(distil(config, say=lambda line: print(line, file=sys.stderr, flush=True)))
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_autoregressive import LETTERS, SIZES, words, write_jsonl
+from tiny_autoregressive import LETTERS, SIZES, words
 
 from dlmone_fast.autoregressive import distil
-from dlmone_fast.autoregressive import distil as distil_function
 from dlmone_fast.autoregressive.distil_config import DistillationConfig
+from dlmone_fast.autoregressive.distillation import _fault, majority
 from dlmone_fast.autoregressive.folder import save_model
 from dlmone_fast.autoregressive.generation import Autoregressive, load_autoregressive
 from dlmone_fast.autoregressive.model import EncoderDecoder
@@ -151,16 +151,12 @@ def test_several_models_vote(make: Make, tmp_path: Path):
 
 
 def test_majority_breaks_ties_by_the_summed_score():
-    from dlmone_fast.autoregressive.distil import majority
-
     assert majority([("a", -9.0), ("b", -1.0), ("a", -9.0)]) == ("a", 2)
     assert majority([("a", -3.0), ("b", -1.0)]) == ("b", 1)
     assert majority([("a", -1.0), ("b", -1.5), ("a", -3.0), ("b", -1.0)]) == ("b", 2)
 
 
 def test_copies_stammer_and_empty_texts_are_left_out():
-    from dlmone_fast.autoregressive.distil import _fault
-
     assert _fault("what is it?", True, "why is it?", True) == ""
     assert "copy" in _fault("why is it?", True, "why is it?", True)
     assert "twice" in _fault("why why is it?", True, "how is it?", True)
@@ -185,7 +181,7 @@ def test_text_models_write_both_directions(text_dir: Path, make: Make, tmp_path:
         tmp_path / "text-model", sizes, dict(model.named_parameters()), vocabulary, {}
     )
     config = make(data_dir=str(text_dir), model=(str(folder),), both_directions=True, samples=4)
-    made = made_from(distil_function(config, silent))
+    made = made_from(distil(config, silent))
     assert made["excluded_sources"]["count"] > 0
     assert made["texts"] == 4 * made["sources"]
 

@@ -18,12 +18,15 @@ from dlmone_fast.autoregressive.start import start_from
 from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
 from dlmone_fast.models import packaged_start
 from dlmone_fast.models.pretrained import prune_vocabulary, read_pretrained
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-PIECES = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] how does the cat work what makes go ? ##s ##ing tree river "
-    "old dog engine summer é ##é 漢"
-).split() + [p + c for c in "abcdefghijklmnopqrstuvwxyz0123456789" for p in ("", "##")]
+_WORDS = "how does the cat work what makes go ? ##s ##ing tree river old dog engine summer é ##é 漢"
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+PIECES = [
+    *SPECIAL_TOKENS,
+    *_WORDS.split(),
+    *(prefix + char for char in _CHARACTERS for prefix in ("", "##")),
+]
 CONFIG = {
     "model_type": "bert", "hidden_act": "gelu", "hidden_size": 16, "num_attention_heads": 2,
     "num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 48,
