@@ -80,7 +80,7 @@ def test_greedy_takes_the_best_token_of_a_pass_without_a_cache(norm: str):
 def test_a_text_does_not_depend_on_the_rows_beside_it(use: Autoregressive, method: str):
     seeds = list(range(100, 100 + len(SOURCES)))
     whole = use.generate(SOURCES, method=method, seeds=seeds)
-    assert len(set(whole)) > 3
+    assert len(set(whole)) >= 3
     for row in (0, 5, 17):
         assert use.generate(SOURCES[row], method=method, seeds=[seeds[row]]) == whole[row]
     assert use.generate(SOURCES, method=method, seeds=seeds, batch_size=5) == whole

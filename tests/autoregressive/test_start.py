@@ -20,7 +20,7 @@ from dlmone_fast.models import packaged_start
 from dlmone_fast.models.pretrained import prune_vocabulary, read_pretrained
 from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-_WORDS = "how does the cat work what makes go ? ##s ##ing tree river old dog engine summer é ##é 漢"
+_WORDS = "how does the cat work what makes go ? ##ing tree river old dog engine summer é ##é 漢"
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 PIECES = [
     *SPECIAL_TOKENS,
