@@ -20,7 +20,7 @@ from dlmone_fast.models import packaged_start
 from dlmone_fast.models.pretrained import prune_vocabulary, read_pretrained
 from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-_WORDS = "how does the cat work what makes go ? ##ing tree river old dog engine summer é ##é 漢"
+_WORDS = "how does the cat work what makes go ? ##ing tree river old dog engine summer ж ##ж 漢"
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 PIECES = [
     *SPECIAL_TOKENS,
@@ -139,7 +139,7 @@ def test_the_decoder_takes_every_other_layer_and_cross_attention_its_own(start: 
 
 def test_a_pruned_vocabulary_still_spells_everything(start: Path):
     tokenizer = read_pretrained(start).tokenizer
-    texts = ["how does the tree work", "how does é work", "how trees"]
+    texts = ["how does the tree work", "how does ж work", "how rivers"]
     pruned = prune_vocabulary(tokenizer, texts, 2)
     assert {"how", "does", "work"} <= set(pruned.vocabulary)
     assert not {"tree", "river", "漢"} & set(pruned.vocabulary)
