@@ -22,7 +22,7 @@ def spelled(word: str) -> str:
 
 
 def words(count: int, first: int = 0) -> list[str]:
-    """Words of two to six letters, no two alike."""
+    """Words of two to six letters."""
     made = []
     for index in range(first, first + count):
         rest, word = index * 7919 + 11, ""

@@ -10,13 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dlmone_fast.autoregressive.distillation import distil
     from dlmone_fast.autoregressive.generation import Autoregressive, load_autoregressive
     from dlmone_fast.autoregressive.training import train
 
-__all__ = ["Autoregressive", "load_autoregressive", "train"]
+__all__ = ["Autoregressive", "distil", "load_autoregressive", "train"]
 
 _HOMES = {
     "Autoregressive": "dlmone_fast.autoregressive.generation",
+    "distil": "dlmone_fast.autoregressive.distillation",
     "load_autoregressive": "dlmone_fast.autoregressive.generation",
     "train": "dlmone_fast.autoregressive.training",
 }

@@ -48,6 +48,8 @@ class Written:
     """Without marks."""
     score: float
     """Sum of the tokens' log probabilities, the end mark's included, at temperature 1."""
+    ended: bool = True
+    """False for a text that was cut at the most tokens."""
 
 
 @torch.inference_mode()
@@ -73,7 +75,7 @@ def decode_one_by_one(
     state = model.start(source, padded, most)
     token = torch.full((len(source),), marks.start_id)
     ended = torch.zeros(len(source), dtype=torch.bool)
-    ids = torch.full((len(source), most), marks.end_id)
+    ids = torch.full((len(source), most), marks.start_id)
     scores = torch.zeros(len(source), dtype=torch.float64)
     number = torch.tensor(list(candidates))
     for position in range(most):
@@ -98,7 +100,7 @@ def decode_one_by_one(
             state, rows = state.select(going), rows[going]
             token, ended = token[going], ended[going]
     return [
-        Written(_until(row, marks.end_id), score)
+        Written(_until(row, marks.end_id), score, marks.end_id in row)
         for row, score in zip(ids.tolist(), scores.tolist(), strict=True)
     ]
 
@@ -178,7 +180,7 @@ class _Beams:
                 total = float(self.sums[row, beam])
                 if total > _NEVER:
                     ids = self.ids[row, beam].tolist()
-                    texts.append((self._score(total, len(ids)), Written(ids, total)))
+                    texts.append((self._score(total, len(ids)), Written(ids, total, ended=False)))
             results.append([written for _, written in texts[: self.beams]])
         return results
 

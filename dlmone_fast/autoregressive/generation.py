@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,7 +35,9 @@ class Generated:
     texts: list[list[str]]
     scores: list[list[float]]
     """Log probability of each text at temperature 1, its end included."""
-    truncated: list[bool] = field(default_factory=list)
+    ended: list[list[bool]]
+    """Whether each text came to its end before the model's last position."""
+    truncated: list[bool]
     """Whether a source was cut."""
 
 
@@ -174,8 +176,20 @@ class Autoregressive:
         return Generated(
             [[self.vocabulary.text(one.ids) for one in row] for row in found],
             [[one.score for one in row] for row in found],
+            [[one.ended for one in row] for row in found],
             truncated,
         )
+
+    def faults(self, texts: Sequence[str]) -> list[str | None]:
+        """Why each source is not read as it is written; None if it is."""
+        known = self.vocabulary.reads(texts)
+        readable = [text for text, is_known in zip(texts, known, strict=True) if is_known]
+        lengths = iter([len(ids) for ids in self.vocabulary.sources(readable)])
+        most = self.config.source_positions
+        return [
+            "unknown symbols" if not is_known else "too long" if next(lengths) > most else None
+            for is_known in known
+        ]
 
     def _batch(self, ids: list[list[int]], seeds: list[int], method: Method) -> list[list[Written]]:
         many = method.num_candidates

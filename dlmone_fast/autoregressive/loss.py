@@ -44,5 +44,5 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
     The target has probability 1 - `smoothing`, plus what every entry gets: smoothing / V.
     The gradient has the dtype of the scores; in bf16 the loss is exact to about 2^-9.
     """
-    result: Tensor = _SmoothedCrossEntropy.apply(logits, target, smoothing)  # type: ignore[no-untyped-call]
+    result: Tensor = _SmoothedCrossEntropy.apply(logits, target, smoothing)
     return result

@@ -15,7 +15,7 @@ from dlmone_fast.autoregressive.vocabulary import (
     learn_symbols,
 )
 from dlmone_fast.data.rows import Row, find_split, load_rows
-from dlmone_fast.errors import ConfigError
+from dlmone_fast.errors import ConfigError, DataError
 from dlmone_fast.models.manifest import hash_file
 from dlmone_fast.models.pretrained import Pretrained, prune_vocabulary, read_pretrained
 from dlmone_fast.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class Prepared:
     train: Pairs
     valid: Pairs
     valid_rows: list[Row]
-    """The rows that are scored: all whose sources can be read."""
+    """The rows that are scored."""
     dropped: Dropped
     dropped_valid: Dropped
     """Of the validation pairs, for their loss."""
@@ -72,7 +72,7 @@ def prepare(config: TrainingConfig) -> Prepared:
         vocabulary,
         train,
         measured,
-        [row for row in valid if vocabulary.reads(row.src)],
+        _scored(valid, vocabulary),
         dropped,
         dropped_valid,
         start,
@@ -122,3 +122,17 @@ def _model(
         decoder_layers=max(1, start.layers // 2),
         norm="post",
     )
+
+
+def _scored(rows: list[Row], vocabulary: Symbols | WordPiece) -> list[Row]:
+    """All rows; of symbols those whose characters are known, as the others can only be refused."""
+    if vocabulary.kind == WordPiece.kind:
+        return rows
+    known = vocabulary.reads([row.src for row in rows])
+    scored = [row for row, is_known in zip(rows, known, strict=True) if is_known]
+    if not scored:
+        raise DataError(
+            f"valid: none of {len(rows):,} sources consists of characters of the training split; "
+            "name splits of one task"
+        )
+    return scored

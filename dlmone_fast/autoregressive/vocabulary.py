@@ -49,8 +49,8 @@ class Vocabulary(Protocol):
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of sources; raises PromptError that names the text and what is unknown in it."""
 
-    def reads(self, text: str) -> bool:
-        """Whether a source is of known characters."""
+    def reads(self, texts: Sequence[str]) -> list[bool]:
+        """Whether the vocabulary knows everything in each of some sources."""
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Pair | None], int]:
         """Ids of pairs for training; None for one that cannot be spelled, and their number."""
@@ -60,6 +60,9 @@ class Vocabulary(Protocol):
 
     def normal(self, text: str) -> str:
         """A text of the target's side as a perfect model would write it."""
+
+    def normal_source(self, text: str) -> str:
+        """What a text of the target's side would be if it copied this source; empty: it cannot."""
 
     def file_text(self) -> str:
         """The content of `file_name`."""
@@ -133,11 +136,13 @@ class Symbols:
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._source(text, f"texts[{i}]") for i, text in enumerate(texts)]
 
-    def reads(self, text: str) -> bool:
-        text = text.strip()
-        return bool(text) and self._source_ids.keys() >= set(
-            text.lower() if self.lowercase else text
-        )
+    def reads(self, texts: Sequence[str]) -> list[bool]:
+        known = self._source_ids.keys()
+        stripped = [text.strip() for text in texts]
+        return [
+            bool(text) and known >= set(text.lower() if self.lowercase else text)
+            for text in stripped
+        ]
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Pair | None], int]:
         encoded = [self._pair(source, target) for source, target in pairs]
@@ -149,6 +154,9 @@ class Symbols:
 
     def normal(self, text: str) -> str:
         return " ".join(text.split())
+
+    def normal_source(self, text: str) -> str:
+        return ""
 
     def file_text(self) -> str:
         return dump_json(
@@ -216,8 +224,8 @@ class WordPiece:
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode(texts)
 
-    def reads(self, text: str) -> bool:
-        return True
+    def reads(self, texts: Sequence[str]) -> list[bool]:
+        return [self.tokenizer.unk_id not in ids for ids in self.tokenizer.encode(texts)]
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Pair | None], int]:
         sources = self.tokenizer.encode([source for source, _ in pairs])
@@ -229,6 +237,9 @@ class WordPiece:
 
     def normal(self, text: str) -> str:
         return self.text(self.tokenizer.encode([text])[0])
+
+    def normal_source(self, text: str) -> str:
+        return self.normal(text)
 
     def file_text(self) -> str:
         return self.tokenizer.to_json()
