@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks import checks, floors, peers, shapes
 from benchmarks.race import Race, ours
-from dlmone_fast.kernels import blocks, reference
+from dlmone_fast.kernels import blocks
+from dlmone_fast.kernels.blocks import reference
 
 _EPS = 1e-12
 _ROWS_CHECKED = 4

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from benchmarks import checks, floors, peers, shapes, targets
 from benchmarks.race import Race, ours
-from dlmone_fast.kernels import reference
-from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy, reference
 
 
 @pytest.mark.shapes(shapes.LINEAR_CROSS_ENTROPY)

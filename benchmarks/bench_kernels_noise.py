@@ -8,8 +8,7 @@ from torch import Tensor
 
 from benchmarks import checks, floors, shapes, targets
 from benchmarks.race import Race, ours
-from dlmone_fast.kernels import reference
-from dlmone_fast.kernels.noise import Stream, draws_of, normal_of_draws
+from dlmone_fast.kernels.noise import Stream, draws_of, normal_of_draws, reference
 
 _ROWS_CHECKED = 4
 

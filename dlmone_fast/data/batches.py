@@ -14,8 +14,7 @@ from dlmone_fast.config.room import SEPARATORS
 from dlmone_fast.data.cache import TokenCache
 from dlmone_fast.data.layouts import check_seq_len, layout_source, source_limit
 from dlmone_fast.errors import UsageError
-from dlmone_fast.kernels.draws import LIMIT
-from dlmone_fast.kernels.noise import Stream, permutation
+from dlmone_fast.kernels.noise import LIMIT, Stream, permutation
 from dlmone_fast.tokenizer import Tokenizer
 
 Rows = Sequence[int] | npt.NDArray[np.int64] | torch.Tensor

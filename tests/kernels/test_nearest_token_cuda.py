@@ -20,8 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels import cuda_nearest_token as cuda
-from dlmone_fast.kernels import native, reference
+from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.kernels import dispatch, native
+from dlmone_fast.kernels.nearest_token import Vocabulary, cuda, nearest_token, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
@@ -150,7 +151,7 @@ def nearest(request: pytest.FixtureRequest) -> Nearest:
         pytest.skip(reason)
 
     def on_gpu(x: Tensor, e: Tensor, with_margin: bool = False) -> tuple[Tensor, Tensor | None]:
-        ids, margin = cuda.search(on_device(x), on_device(e), with_margin)
+        ids, margin = search(on_device(x), on_device(e), with_margin)
         return ids.cpu(), None if margin is None else margin.cpu()
 
     return on_gpu
@@ -160,6 +161,10 @@ def on_device(matrix: Tensor) -> Tensor:
     """A copy on the GPU with the same strides."""
     storage = torch.empty(0, dtype=matrix.dtype).set_(matrix.untyped_storage())
     return storage.cuda().as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
+
+
+def search(x: Tensor, e: Tensor, with_margin: bool = False) -> tuple[Tensor, Tensor | None]:
+    return cuda.search(x, Vocabulary(e, transient=True), with_margin)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -515,8 +520,8 @@ def test_run_hands_over_arguments_that_the_native_side_accepts(
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     with pytest.raises(RuntimeError, match=r"nearest_token: .*: cudaError"):
-        cuda.search(random(3, 20, 2)[..., 0], random(7, 20).half(), with_margin)
-    ids, margin = cuda.search(random(0, 20), random(7, 20), with_margin)
+        search(random(3, 20, 2)[..., 0], random(7, 20).half(), with_margin)
+    ids, margin = search(random(0, 20), random(7, 20), with_margin)
     assert ids.shape == (0,)
     assert (margin is not None) == with_margin
 
@@ -526,21 +531,21 @@ def test_run_hands_over_arguments_that_the_native_side_accepts(
 @pytest.mark.parametrize(("n", "v", "d"), [(128, 30_522, 128), (4097, 5003, 100), (300, 3000, 256)])
 def test_large_shapes_on_a_gpu(n: int, v: int, d: int, dtype: torch.dtype):
     x, e = random(n, d).to(dtype).cuda(), random(v, d, seed=1).to(dtype).cuda()
-    ids, margin = cuda.search(x, e, True)
+    ids, margin = search(x, e, True)
     assert torch.equal(ids, reference.nearest_token(x, e))
     assert margin is not None
     assert torch.equal(margin, reference.margin(x, e).float())
-    assert torch.equal(cuda.search(x, e)[0], ids)
+    assert torch.equal(search(x, e)[0], ids)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_captured_graph_follows_its_inputs():
     e = random(3000, 128, seed=1).cuda().bfloat16()
     x = random(200, 128).cuda().bfloat16()
-    cuda.search(x, e)
+    search(x, e)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ids, _ = cuda.search(x, e)
+        ids, _ = search(x, e)
     for seed in (2, 3):
         x.copy_(random(200, 128, seed=seed))
         graph.replay()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dlmone_fast.kernels.dispatch import Backend
 
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -52,11 +54,19 @@ def automatic() -> bool:
     return not interpreting()
 
 
-def usable(*tensors: Any) -> str | None:
-    """None, or why Triton cannot run on these tensors here."""
+def backend(kernel: Callable[[], Callable[..., Any]]) -> Backend:
+    """The Triton backend that runs the function which `kernel()` gives.
+
+    Called late, so that triton, which takes a second to import, is imported on first use only.
+    """
+    return Backend("triton", usable, lambda *given: kernel()(*given), automatic, device="cuda")
+
+
+def usable(first: Tensor, *others: Any) -> str | None:
+    """None, or why Triton cannot run on the tensor here."""
     if not _installed():
         return "triton is not installed (pip install triton)"
-    device = next(t.device for t in tensors if isinstance(t, Tensor))
+    device = first.device
     if interpreting():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors"
     if device.type != "cuda":

@@ -2,29 +2,23 @@ r"""The forward process on target positions: x_t = alpha_t x_0 + sigma_t eps, so
 
 DiffuSeq (arXiv 2210.08933) diffuses the target part of a sequence and conditions on the clean
 source part; the score-distillation losses of DLM-One (arXiv 2506.00290) noise the generator's
-output in the same way. eps is the noise of `kernels/noise.py` for (seed, stream, sample, step),
+output in the same way. eps is the noise of `kernels/noise` for (seed, stream, sample, step),
 made where it is used: nothing of the size of x_t is held besides x_0 and x_t.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels import dispatch, native
-from dlmone_fast.kernels.draws import PerRow, check_draws, stream_word
-from dlmone_fast.kernels.forward_diffusion_arguments import (
-    check_device,
-    check_factors,
-    check_id_values,
-    check_ids,
-    check_source,
-    draws_for,
-    targets_of,
-)
-from dlmone_fast.kernels.noise import NORMAL_NS, normal_of_draws
+from dlmone_fast.errors import UsageError
+from dlmone_fast.kernels import dispatch
+from dlmone_fast.kernels.forward_diffusion import native as cpp
+from dlmone_fast.kernels.forward_diffusion import torch as plain
+from dlmone_fast.kernels.noise.draws import PerRow, check_draws, draws_of, stream_word
 from dlmone_fast.kernels.triton import support
 
 _OP = "forward_diffusion"
@@ -61,11 +55,8 @@ def forward_diffusion(
         UsageError: shapes, dtypes, devices or values that do not fit.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    check_source("x0", x0, 3, "[B, L, d]")
-    rows, length = x0.shape[:2]
-    check_factors(rows, x0.device, alpha=alpha, sigma=sigma)
-    targets = targets_of(mask, rows, length, x0.device)
-    draws = draws_for(rows, seed, sample, step, x0.device)
+    targets = _checked(x0, None, alpha, sigma, mask, name="x0", shape="[B, L, d]")
+    draws = _draws_for(x0.shape[0], seed, sample, step, x0.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
         x0, None, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
@@ -97,12 +88,8 @@ def forward_diffusion_of_tokens(
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    check_source("embedding", embedding, 2, "[V, d]")
-    check_ids(ids, embedding)
-    rows, length = ids.shape
-    check_factors(rows, embedding.device, alpha=alpha, sigma=sigma)
-    targets = targets_of(mask, rows, length, embedding.device)
-    draws = draws_for(rows, seed, sample, step, embedding.device)
+    targets = _checked(embedding, ids, alpha, sigma, mask, name="embedding", shape="[V, d]")
+    draws = _draws_for(len(ids), seed, sample, step, embedding.device)
     wanted = dispatch.requested(_OP, kernel_backend)
     x_t: Tensor = _ForwardDiffusion.apply(
         embedding, ids.long(), alpha, sigma, targets, draws, stream_word(_OP, stream), wanted
@@ -129,18 +116,14 @@ def diffuse_of_draws(
 
     The other arguments, the result and the errors are those of `forward_diffusion`.
     """
-    check_source("source", source, 3 if ids is None else 2, "[B, L, d], or [V, d] with ids")
-    if ids is not None:
-        check_ids(ids, source)
-        ids = ids.long()
-    rows, length = source.shape[:2] if ids is None else ids.shape
-    check_factors(rows, source.device, alpha=alpha, sigma=sigma)
-    targets = targets_of(mask, rows, length, source.device)
-    check_draws(_OP, draws, rows)
-    check_device("draws", draws, source.device)
+    shape = "[B, L, d], or [V, d] with ids"
+    targets = _checked(source, ids, alpha, sigma, mask, name="source", shape=shape)
+    check_draws(_OP, draws, len(alpha))
+    _check_device("draws", draws, source.device)
+    ids = None if ids is None else ids.long()
     wanted = dispatch.requested(_OP, kernel_backend)
-    run = _diffuse if torch.compiler.is_compiling() else _run_diffuse
-    return run(source, ids, alpha, sigma, targets, draws, stream_word(_OP, stream), wanted)
+    purpose = stream_word(_OP, stream)
+    return _diffuse(source.detach(), ids, alpha, sigma, targets, draws, purpose, wanted)
 
 
 class _ForwardDiffusion(torch.autograd.Function):
@@ -170,30 +153,27 @@ class _ForwardDiffusion(torch.autograd.Function):
         return to_source.to(ctx.dtype), None, None, None, None, None, None, None
 
 
-def _run_diffuse(
-    source: Tensor,
-    ids: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    targets: Tensor | None,
-    draws: Tensor,
-    stream: int,
-    wanted: str,
+def _with_known_ids(
+    backend: dispatch.Backend, source: Tensor, ids: Tensor | None, *others: Any
 ) -> Tensor:
-    if ids is not None:
-        check_id_values(ids, len(source))
-    backend = dispatch.select(_OP, source, kernel_backend=wanted)
+    # Checked where the operation runs: while a graph is traced there is nothing to read. Reading
+    # ids back would stall a GPU.
+    if ids is not None and ids.device.type == "cpu" and ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= len(source):
+            raise UsageError(
+                f"{_OP}: ids must lie in [0, {len(source)}), the rows of embedding, "
+                f"got values from {low} to {high}; tokenize with the model's own vocabulary"
+            )
+    *given, wanted = others
     # Plain torch asked for by name is plain throughout; else its noise may come from a kernel.
-    noise_backend = {"noise_backend": wanted} if backend.name == "torch" else {}
-    x_t: Tensor = backend.run(source, ids, alpha, sigma, targets, draws, stream, **noise_backend)
+    noise_backend = (wanted,) if backend.name == "torch" else ()
+    x_t: Tensor = backend.run(source, ids, *given, *noise_backend)
     return x_t
 
 
-_diffuse = torch.library.custom_op("dlmone_fast::forward_diffusion", _run_diffuse, mutates_args=())
-
-
-@_diffuse.register_fake
-def _(
+@dispatch.operation(_OP, around=_with_known_ids)
+def _diffuse(
     source: Tensor,
     ids: Tensor | None,
     alpha: Tensor,
@@ -207,23 +187,27 @@ def _(
     return source.new_empty(shape)
 
 
-@torch.library.custom_op("dlmone_fast::forward_diffusion_to_x0", mutates_args=())
-def _to_x0(grad: Tensor, alpha: Tensor, targets: Tensor | None, wanted: str) -> Tensor:
-    backend = dispatch.select(_BACKWARD, grad, kernel_backend=wanted)
+def _scaled(
+    backend: dispatch.Backend, grad: Tensor, alpha: Tensor, targets: Tensor | None, wanted: str
+) -> Tensor:
     scaled: Tensor = backend.run(grad, alpha, targets, grad.dtype)
     return scaled
 
 
-@_to_x0.register_fake
-def _(grad: Tensor, alpha: Tensor, targets: Tensor | None, wanted: str) -> Tensor:
+@dispatch.operation(_BACKWARD, name="forward_diffusion_to_x0", around=_scaled)
+def _to_x0(grad: Tensor, alpha: Tensor, targets: Tensor | None, wanted: str) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
-@torch.library.custom_op("dlmone_fast::forward_diffusion_to_table", mutates_args=())
-def _to_table(
-    grad: Tensor, ids: Tensor, alpha: Tensor, targets: Tensor | None, vocabulary: int, wanted: str
+def _summed_by_id(
+    backend: dispatch.Backend,
+    grad: Tensor,
+    ids: Tensor,
+    alpha: Tensor,
+    targets: Tensor | None,
+    vocabulary: int,
+    wanted: str,
 ) -> Tensor:
-    backend = dispatch.select(_BACKWARD, grad, kernel_backend=wanted)
     scaled = backend.run(grad, alpha, targets, torch.float32)
     # torch sorts the ids and sums in that order: no atomics, the same bits every time. Ids that
     # nobody checked, on a GPU, must not make it write outside of the gradient.
@@ -231,110 +215,93 @@ def _to_table(
     return torch.ops.aten.embedding_dense_backward(scaled, ids, vocabulary, -1, False)
 
 
-@_to_table.register_fake
-def _(
+@dispatch.operation(_BACKWARD, name="forward_diffusion_to_table", around=_summed_by_id)
+def _to_table(
     grad: Tensor, ids: Tensor, alpha: Tensor, targets: Tensor | None, vocabulary: int, wanted: str
 ) -> Tensor:
     return grad.new_empty(vocabulary, grad.shape[-1], dtype=torch.float32)
 
 
-def _triton(
+def _checked(
     source: Tensor,
     ids: Tensor | None,
     alpha: Tensor,
     sigma: Tensor,
-    targets: Tensor | None,
-    draws: Tensor,
-    stream: int,
+    mask: Tensor | None,
+    *,
+    name: str,
+    shape: str,
+) -> Tensor | None:
+    """The mask as bools, after every argument but those of the noise was checked."""
+    if source.dim() != (3 if ids is None else 2) or source.shape[-1] < 1:
+        raise UsageError(
+            f"{_OP}: {name} must have shape {shape} with d >= 1, got {tuple(source.shape)}"
+        )
+    dispatch.check_dtype(_OP, name, source)
+    if ids is not None:
+        if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise UsageError(
+                f"{_OP}: ids must be integers [B, L], got {ids.dtype} {tuple(ids.shape)}"
+            )
+        _check_device("ids", ids, source.device)
+    rows, length = source.shape[:2] if ids is None else ids.shape
+    for factor_name, factor in (("alpha", alpha), ("sigma", sigma)):
+        if factor.shape != (rows,) or factor.dtype != torch.float32:
+            raise UsageError(
+                f"{_OP}: {factor_name} must be float32 [{rows}], one value a row, "
+                f"got {factor.dtype} {tuple(factor.shape)}"
+            )
+        _check_device(factor_name, factor, source.device)
+        if factor.requires_grad:
+            raise UsageError(f"{_OP}: {factor_name} gets no gradient; pass {factor_name}.detach()")
+    if mask is None:
+        return None
+    if mask.shape != (rows, length) or mask.is_complex():
+        raise UsageError(
+            f"{_OP}: mask must be real [{rows}, {length}], 0 on source positions, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    _check_device("mask", mask, source.device)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise UsageError(
+            f"{_OP}: {name} is on {tensor.device} and the data on {device}; move it there"
+        )
+
+
+def _draws_for(
+    rows: int, seed: PerRow, sample: PerRow, step: PerRow, device: torch.device
 ) -> Tensor:
-    from dlmone_fast.kernels.triton import forward_diffusion as kernels
-
-    return kernels.forward_diffusion(source, ids, alpha, sigma, targets, draws, stream)
-
-
-def _triton_backward(
-    grad: Tensor, alpha: Tensor, targets: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    from dlmone_fast.kernels.triton import forward_diffusion as kernels
-
-    return kernels.scale_targets(grad, alpha, targets, dtype)
-
-
-def _cpp_usable(x: Tensor, *others: Tensor) -> str | None:
-    if x.device.type == "cpu" and x.dtype != torch.float32:
-        return f"it computes in float32, not in {x.dtype}"
-    return native.why_not_on(x)
-
-
-def _cpp(
-    source: Tensor,
-    ids: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    targets: Tensor | None,
-    draws: Tensor,
-    stream: int,
-    path: str = "",
-) -> Tensor:
-    source, alpha, sigma, draws = (t.contiguous() for t in (source, alpha, sigma, draws))
-    ids = None if ids is None else ids.contiguous()
-    targets = None if targets is None else targets.contiguous()
-    shape = source.shape if ids is None else (*ids.shape, source.shape[-1])
-    out = source.new_empty(shape)
-    native.module().forward_diffusion(
-        draws=draws,
-        stream=stream,
-        x0=source,
-        ids=ids,
-        alpha=alpha,
-        sigma=sigma,
-        mask=targets,
-        out=out,
-        threads=native.threads_for(out.numel() * NORMAL_NS),
-        path=path,
+    draws = draws_of(seed, sample, step, device)
+    if len(draws) == rows:
+        return draws
+    if rows == 0 and len(draws) == 1:
+        return draws[:0]
+    raise UsageError(
+        f"{_OP}: seed, sample and step name {len(draws)} row(s) of noise for {rows} row(s) of "
+        "data; give one of them an entry for each row (sample: the row's sample index)"
     )
-    return out
 
 
-def _torch(
-    source: Tensor,
-    ids: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    targets: Tensor | None,
-    draws: Tensor,
-    stream: int,
-    noise_backend: str = dispatch.AUTO,
-) -> Tensor:
-    x0 = source if ids is None else source[ids]
-    _, length, channels = x0.shape
-    noise = normal_of_draws(draws, stream, length, channels, kernel_backend=noise_backend)
-    x_t = noise.mul_(sigma[:, None, None]).add_(x0.float() * alpha[:, None, None])
-    x_t = x_t.to(x0.dtype)
-    if targets is not None:
-        x_t = torch.where(targets[..., None], x_t, x0)
-    return x_t.contiguous()
+def _kernels() -> ModuleType:
+    from dlmone_fast.kernels.forward_diffusion import triton
 
-
-def _torch_backward(
-    grad: Tensor, alpha: Tensor, targets: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    factor = alpha[:, None]
-    if targets is not None:
-        factor = torch.where(targets, factor, 1.0)
-    return (grad * factor[..., None]).to(dtype).contiguous()
+    return triton
 
 
 dispatch.register(
     _OP,
-    dispatch.Backend("triton", support.usable, _triton, support.automatic),
-    dispatch.Backend("cpp", _cpp_usable, _cpp),
-    dispatch.Backend("torch", lambda *tensors: None, _torch),
+    support.backend(lambda: _kernels().forward_diffusion),
+    dispatch.Backend("cpp", cpp.usable, cpp.forward_diffusion, device="cpu"),
+    dispatch.in_torch(plain.forward_diffusion),
 )
 # Backward is one multiplication: on CPUs torch's own, whichever made x_t.
 dispatch.register(
     _BACKWARD,
-    dispatch.Backend("triton", support.usable, _triton_backward, support.automatic),
-    dispatch.Backend("cpp", _cpp_usable, _torch_backward),
-    dispatch.Backend("torch", lambda *tensors: None, _torch_backward),
+    support.backend(lambda: _kernels().scale_targets),
+    dispatch.Backend("cpp", cpp.usable, plain.scale_targets, device="cpu"),
+    dispatch.in_torch(plain.scale_targets),
 )

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.noise import (
+from dlmone_fast.kernels.noise.triton import (
     NARROW,
     NUM_WARPS,
     WIDE,
@@ -22,6 +21,7 @@ from dlmone_fast.kernels.triton.noise import (
     tile_place,
     tiling,
 )
+from dlmone_fast.kernels.triton import support
 from dlmone_fast.kernels.triton.support import Build
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels/blocks.py`: a LayerNorm row stays in one program's registers."""
+"""The fused blocks on a GPU, in Triton: a LayerNorm row stays in one program's registers."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -166,8 +166,17 @@ def input_layer_norm(
     return out
 
 
-def bias_activation(x: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """GELU or tanh of x + bias."""
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x + bias)."""
+    return _bias_activation(x, bias, gelu=True)
+
+
+def bias_tanh(x: Tensor, bias: Tensor) -> Tensor:
+    """tanh(x + bias)."""
+    return _bias_activation(x, bias, gelu=False)
+
+
+def _bias_activation(x: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     out, rows = _new(x), _rows(x)
     if x.numel():
         tile = activation_tile(x.shape[-1])

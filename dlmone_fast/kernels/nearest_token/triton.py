@@ -4,7 +4,7 @@ Two kernels. `_search_kernel` shares the vocabulary out in splits and keeps, for
 split, the lowest score half_norm(v) - <x, e_v>, its id and the second-lowest score: nothing of
 size tokens x vocabulary exists. `_decide_kernel` knows how far a score can be off: where another
 one lies within twice that of the lowest, it measures the rows of every split that comes as near,
-in fp64 from the original numbers and in the order of `reference.squared_distances`.
+in fp64 from the original numbers and in the order of `reference.py`.
 
 A launch needs no answer from the GPU, so both kernels can be captured in a CUDA graph.
 """
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlmone_fast.kernels.nearest_token.vocabulary import Vocabulary
 from dlmone_fast.kernels.triton import support
 from dlmone_fast.kernels.triton.support import Build
-from dlmone_fast.kernels.vocabulary import Vocabulary
 
 # Rows of the vocabulary scored together; a power of two, whose column numbers replace the lowest
 # bits of a score.
@@ -271,17 +271,13 @@ class Plan:
         return cls(tokens, triton.cdiv(tiles, tiles_per_split), tiles, tiles_per_split)
 
 
-def run(x: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """ids int64 [n] for rows x [n, d]."""
+def search(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple[Tensor, Tensor | None]:
+    """ids int64 [n] for rows x [n, d], and margins fp32 [n] if wanted."""
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    if len(x):
-        _launch(x, vocabulary, ids, None)
-    return ids
-
-
-def run_with_margin(x: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """ids int64 [n] and margins fp32 [n] for rows x [n, d]."""
-    ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if not with_margin:
+        if len(x):
+            _launch(x, vocabulary, ids, None)
+        return ids, None
     margin = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for first in range(0, len(x), _MARGIN_TOKENS):
         part = slice(first, first + _MARGIN_TOKENS)

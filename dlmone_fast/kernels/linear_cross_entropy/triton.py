@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlmone_fast.kernels.linear_cross_entropy.torch import check_targets, rows_of, take
 from dlmone_fast.kernels.triton import support
 from dlmone_fast.kernels.triton.support import Build
 
@@ -222,6 +223,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [N], (m, s) of the selected positions in order [2, N], and those positions."""
     n, v = len(h), len(embedding)
+    if targets.device.type == "cpu":
+        # In the interpreter; on a GPU, looking at a value would make the host wait.
+        check_targets(take(targets, rows_of(selected)), v)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
     losses, statistics = torch.zeros(n, **fp32), torch.zeros(2, n, **fp32)
     rows = _selected_rows(h, selected)
