@@ -231,19 +231,10 @@ def _kernels() -> ModuleType:
     return triton
 
 
-dispatch.register(
-    ADD_LAYER_NORM,
-    support.backend(lambda: _kernels().add_layer_norm),
-    dispatch.in_torch(plain.add_layer_norm),
-)
-dispatch.register(
-    INPUT_LAYER_NORM,
-    support.backend(lambda: _kernels().input_layer_norm),
-    dispatch.in_torch(plain.input_layer_norm),
-)
-dispatch.register(
-    BIAS_GELU, support.backend(lambda: _kernels().bias_gelu), dispatch.in_torch(plain.bias_gelu)
-)
-dispatch.register(
-    BIAS_TANH, support.backend(lambda: _kernels().bias_tanh), dispatch.in_torch(plain.bias_tanh)
-)
+for _op in (ADD_LAYER_NORM, INPUT_LAYER_NORM, BIAS_GELU, BIAS_TANH):
+    # Functions of the backends bear the operations' names.
+    dispatch.register(
+        _op,
+        support.backend(lambda op=_op: getattr(_kernels(), op)),  # type: ignore[misc]
+        dispatch.in_torch(getattr(plain, _op)),
+    )

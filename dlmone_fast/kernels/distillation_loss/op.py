@@ -89,15 +89,14 @@ def distillation_loss(
     kl = form == "kl"
     count = _gradients_needed(x, x0_teacher, x0_score, kl)
     constants = (h, factor, kl, float(mu), float(weight_floor))
+    arguments = (x, x0_teacher, x0_score, mask, *constants, count, wanted)
     if count:
         early = _in_the_forward_pass(x, wanted)
-        result: tuple[Tensor, Tensor] = _DistillationLoss.apply(
-            x, x0_teacher, x0_score, mask, constants, count, early, wanted
-        )
+        result: tuple[Tensor, Tensor] = _DistillationLoss.apply(early, *arguments)
         return result
     # The kl form has no gradient to the predictions, whatever they ask for.
     with torch.no_grad():
-        loss, weight, *_ = _forward(x, x0_teacher, x0_score, mask, *constants, 0, wanted)
+        loss, weight, *_ = _forward(*arguments)
     return loss, weight
 
 
@@ -112,22 +111,13 @@ def weight_floor(fraction: float, embedding: Tensor) -> float:
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        x0_teacher: Tensor,
-        x0_score: Tensor,
-        mask: Tensor,
-        constants: tuple[Tensor | None, float, bool, float, float],
-        count: int,
-        early: bool,
-        wanted: str,
-    ) -> tuple[Tensor, Tensor]:
-        loss, weight, scale, *gradients = _forward(
-            x, x0_teacher, x0_score, mask, *constants, count if early else 0, wanted
-        )
+    def forward(ctx: Any, early: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Takes the arguments of `_forward`, and whether it makes the gradients already."""
+        x, x0_teacher, x0_score, mask, *constants, count, wanted = arguments
+        loss, weight, scale, *gradients = _forward(*arguments[:-2], count if early else 0, wanted)
         ctx.save_for_backward(x, x0_teacher, x0_score, mask, scale)
-        # Handed out once, by the first backward pass: what a caller has is never written again.
+        # Handed out once, by the first backward pass: a gradient that a caller has is never
+        # written again.
         ctx.unclaimed = [gradients] if early else None
         ctx.mu, ctx.count, ctx.wanted = constants[3], count, wanted
         ctx.mark_non_differentiable(weight)
@@ -138,7 +128,7 @@ class _DistillationLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         dispatch.refuse_second_derivative(FORWARD)
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 12
         arguments = (*ctx.saved_tensors, upstream, ctx.mu, ctx.count)
         if ctx.unclaimed:
             gradients = ctx.unclaimed.pop()
@@ -148,7 +138,7 @@ class _DistillationLoss(torch.autograd.Function):
         else:
             gradients = _gradients(*arguments, ctx.wanted)
         given = [*gradients[: ctx.count], None, None][:3]
-        return (*given, None, None, None, None, None)
+        return (None, *given, *(None,) * 8)
 
 
 def _padded(gradients: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

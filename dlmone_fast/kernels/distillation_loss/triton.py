@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.support import Build
+from dlmone_fast.kernels.triton.support import Build, build
 
 _TILE = 4096
 _WARPS = 16
@@ -331,24 +331,13 @@ def _pointers(made: list[Tensor], x: Tensor) -> list[Tensor]:
     return [*made, *(x for _ in range(3 - len(made)))]
 
 
-_INPUTS = ("x_ptr", "teacher_ptr", "score_ptr")
-_OUTPUTS = ("of_x_ptr", "of_teacher_ptr", "of_score_ptr")
-_FP32 = dict.fromkeys(
-    ("h_ptr", "loss_ptr", "weight_ptr", "scale_ptr", "upstream_ptr", "sums_ptr"), "*fp32"
-)
-_SCALARS = {
-    **dict.fromkeys(("has_h", "L", "D", "kl", "parts", "rows_per_part"), "i32"),
-    **dict.fromkeys(("row_tiles", "column_tiles", "skip_ones", "has_upstream"), "i32"),
-    **dict.fromkeys(("upstream_stride",), "i32"),
-    **dict.fromkeys(("factor", "one_minus_mu", "floor"), "fp32"),
-    "numbers_ptr": "*i32",
-}
+_ELEMENTS = ("x_ptr", "teacher_ptr", "score_ptr", "of_x_ptr", "of_teacher_ptr", "of_score_ptr")
+_OTHERS = {**dict.fromkeys(("factor", "one_minus_mu", "floor"), "fp32"), "numbers_ptr": "*i32"}
 
 
 def _build(kernel: Any, kind: str, mask: str, warps: int, constants: Mapping[str, int]) -> Build:
-    types = {**dict.fromkeys((*_INPUTS, *_OUTPUTS), kind), "mask_ptr": mask, **_FP32, **_SCALARS}
-    signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    return Build(kernel, signature, constants, num_warps=warps, multiples_of_16=("L", "D"))
+    types = {**dict.fromkeys(_ELEMENTS, kind), "mask_ptr": mask, **_OTHERS}
+    return build(kernel, constants, types, num_warps=warps, multiples_of_16=("L", "D"))
 
 
 def _shipped() -> tuple[Build, ...]:

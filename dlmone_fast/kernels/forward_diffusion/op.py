@@ -128,20 +128,12 @@ def diffuse_of_draws(
 
 class _ForwardDiffusion(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        source: Tensor,
-        ids: Tensor | None,
-        alpha: Tensor,
-        sigma: Tensor,
-        targets: Tensor | None,
-        draws: Tensor,
-        stream: int,
-        wanted: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Takes the arguments of `_diffuse`."""
+        source, ids, alpha, _, targets, _, _, wanted = arguments
         ctx.save_for_backward(ids, alpha, targets)
         ctx.vocabulary, ctx.dtype, ctx.wanted = len(source), source.dtype, wanted
-        return _diffuse(source, ids, alpha, sigma, targets, draws, stream, wanted)
+        return _diffuse(*arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

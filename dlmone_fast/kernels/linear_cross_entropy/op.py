@@ -97,24 +97,18 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        h: Tensor,
-        embedding: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        selected: Tensor | None,
-        wanted: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Takes the arguments of `_forward` but `keep`."""
+        *tensors, wanted = arguments
         # How many numbers to keep depends on the mask, which a compiler does not know.
         keep = not torch.compiler.is_compiling()
-        losses, statistics, kept = _forward(h, embedding, bias, targets, selected, keep, wanted)
-        ctx.save_for_backward(h, embedding, bias, targets, selected, statistics, kept)
+        losses, statistics, kept = _forward(*tensors, keep, wanted)
+        ctx.save_for_backward(*tensors, statistics, kept)
         ctx.wanted = wanted
         return losses
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dispatch.refuse_second_derivative(_OP)
         wants = [bool(needed) for needed in ctx.needs_input_grad[:3]]
         made = _backward(gradient, *ctx.saved_tensors, *wants, ctx.wanted)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.support import Build
+from dlmone_fast.kernels.triton.support import build
 
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
@@ -261,21 +261,19 @@ def words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
 
 SHIPPED = (
     *(
-        Build(
+        build(
             _normal_kernel,
-            {"draws_ptr": "*i64", "out_ptr": "*fp32", "stream": "i32", "length": "i32",
-             "channels": "i32", "position_tiles": "i32", "channel_tiles": "i32"},
             tiles.constants(),
+            {"draws_ptr": "*i64"},
             num_warps=NUM_WARPS,
             multiples_of_16=("length", "channels"),
         )
         for tiles in (NARROW, WIDE)
     ),
-    Build(
+    build(
         _words_kernel,
-        {"draws_ptr": "*i64", "out_ptr": "*i64", "stream": "i32", "first": "i32", "count": "i32",
-         "tiles": "i32"},
         {"COUNTERS": _WORD_COUNTERS},
+        {"draws_ptr": "*i64", "out_ptr": "*i64"},
         num_warps=NUM_WARPS,
     ),
-)  # fmt: skip
+)

@@ -44,6 +44,19 @@ class Build:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def build(
+    kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str], **launch: Any
+) -> Build:
+    """A `Build` of pointers to fp32 (arguments `..._ptr`) and i32 numbers, but for `types`.
+
+    `types` may name arguments of other kernels, too; `launch` holds the further fields of `Build`.
+    """
+    names = [name for name in kernel.arg_names if name not in constants]
+    usual = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature = {name: types.get(name, kind) for name, kind in usual.items()}
+    return Build(kernel, signature, constants, **launch)
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: exact and very slow."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
