@@ -8,7 +8,7 @@ backend that was asked for by name is either used or refused with `BackendUnavai
 Precedence of the request: the `kernel_backend=` argument, then the innermost
 `force_backend(...)`, then the environment variable `DLMONE_KERNEL_BACKEND`, then "auto".
 The variable holds a list of backends: one for every operation ("torch"), for the operations of a
-file ("nearest_token=cpp") or for a single one ("nearest_token_with_margin=torch"). The entry that
+folder ("nearest_token=cpp") or for a single one ("nearest_token_with_margin=torch"). The entry that
 says the most about an operation counts, in whatever order they stand.
 """
 

@@ -179,14 +179,7 @@ def _diffuse(
     return source.new_empty(shape)
 
 
-def _scaled(
-    backend: dispatch.Backend, grad: Tensor, alpha: Tensor, targets: Tensor | None, wanted: str
-) -> Tensor:
-    scaled: Tensor = backend.run(grad, alpha, targets, grad.dtype)
-    return scaled
-
-
-@dispatch.operation(_BACKWARD, name="forward_diffusion_to_x0", around=_scaled)
+@dispatch.operation(_BACKWARD, name="forward_diffusion_to_x0")
 def _to_x0(grad: Tensor, alpha: Tensor, targets: Tensor | None, wanted: str) -> Tensor:
     return grad.new_empty(grad.shape)
 
@@ -200,7 +193,7 @@ def _summed_by_id(
     vocabulary: int,
     wanted: str,
 ) -> Tensor:
-    scaled = backend.run(grad, alpha, targets, torch.float32)
+    scaled = backend.run(grad, alpha, targets, dtype=torch.float32)
     # torch sorts the ids and sums in that order: no atomics, the same bits every time. Ids that
     # nobody checked, on a GPU, must not make it write outside of the gradient.
     ids = ids.clamp(0, vocabulary - 1)

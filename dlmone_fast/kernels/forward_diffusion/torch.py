@@ -30,10 +30,10 @@ def forward_diffusion(
 
 
 def scale_targets(
-    grad: Tensor, alpha: Tensor, targets: Tensor | None, dtype: torch.dtype
+    grad: Tensor, alpha: Tensor, targets: Tensor | None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The backward pass: alpha grad on target positions, grad elsewhere, [B, L, d] in `dtype`."""
+    """The backward pass: alpha grad on target positions, grad elsewhere, in `dtype` or grad's."""
     factor = alpha[:, None]
     if targets is not None:
         factor = torch.where(targets, factor, 1.0)
-    return (grad * factor[..., None]).to(dtype).contiguous()
+    return (grad * factor[..., None]).to(dtype or grad.dtype).contiguous()

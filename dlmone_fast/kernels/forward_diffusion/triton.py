@@ -100,10 +100,12 @@ def forward_diffusion(
     return out
 
 
-def scale_targets(x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """alpha x where mask is True, x elsewhere: [B, L, d] in `dtype`."""
+def scale_targets(
+    x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """alpha x where mask is True, x elsewhere: [B, L, d] in `dtype` or that of x."""
     rows, length, channels = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     alpha = alpha.contiguous()
     tiles = tiling(channels)
     programs, position_tiles, channel_tiles = tiles.grid(rows, length, channels)

@@ -69,13 +69,13 @@ def linear_cross_entropy(
     dtype = torch.promote_types(h.dtype, embedding.dtype)
     operands = (h.reshape(-1, h.shape[-1]).to(dtype), embedding.to(dtype), bias)
     selected = None if mask is None else (mask != 0).reshape(-1)
-    where = (targets.reshape(-1), selected, wanted)
+    where = (targets.reshape(-1), selected)
     if _is_small(operands[0], embedding, wanted):
-        return tiles.plain(*operands, *where[:2]).view(targets.shape)
+        return tiles.plain(*operands, *where).view(targets.shape)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        losses: Tensor = _LinearCrossEntropy.apply(*operands, *where)
+        losses: Tensor = _LinearCrossEntropy.apply(*operands, *where, wanted)
     else:
-        losses, _, _ = _forward(*operands, *where[:2], False, wanted)
+        losses, _, _ = _forward(*operands, *where, False, wanted)
     return losses.view(targets.shape)
 
 

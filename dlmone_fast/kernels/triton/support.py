@@ -62,17 +62,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def automatic() -> bool:
-    """Whether "auto" may choose Triton: not its interpreter, which exists for tests."""
-    return not interpreting()
-
-
 def backend(kernel: Callable[[], Callable[..., Any]]) -> Backend:
     """The Triton backend that runs the function which `kernel()` gives.
 
     Called late, so that triton, which takes a second to import, is imported on first use only.
     """
-    return Backend("triton", usable, lambda *given: kernel()(*given), automatic, device="cuda")
+    return Backend(
+        "triton",
+        usable,
+        lambda *given, **named: kernel()(*given, **named),
+        # Not in its interpreter, which exists for tests.
+        automatic=lambda: not interpreting(),
+        device="cuda",
+    )
 
 
 def usable(first: Tensor, *others: Any) -> str | None:
