@@ -114,7 +114,8 @@ class _DistillationLoss(torch.autograd.Function):
     def forward(ctx: Any, early: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Takes the arguments of `_forward`, and whether it makes the gradients already."""
         x, x0_teacher, x0_score, mask, *constants, count, wanted = arguments
-        loss, weight, scale, *gradients = _forward(*arguments[:-2], count if early else 0, wanted)
+        given = [*arguments[:-2], count if early else 0, wanted]
+        loss, weight, scale, *gradients = _forward(*given)
         ctx.save_for_backward(x, x0_teacher, x0_score, mask, scale)
         # Handed out once, by the first backward pass: a gradient that a caller has is never
         # written again.
@@ -136,9 +137,10 @@ class _DistillationLoss(torch.autograd.Function):
             backend = dispatch.select(GRADIENTS, upstream, kernel_backend=ctx.wanted)
             backend.run(*arguments, gradients[: ctx.count])
         else:
-            gradients = _gradients(*arguments, ctx.wanted)
-        given = [*gradients[: ctx.count], None, None][:3]
-        return (None, *given, *(None,) * 8)
+            given = [*arguments, ctx.wanted]
+            gradients = _gradients(*given)
+        of_inputs = [*gradients[: ctx.count], None, None][:3]
+        return (None, *of_inputs, *(None,) * 8)
 
 
 def _padded(gradients: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

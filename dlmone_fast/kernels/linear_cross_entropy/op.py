@@ -102,7 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *tensors, wanted = arguments
         # How many numbers to keep depends on the mask, which a compiler does not know.
         keep = not torch.compiler.is_compiling()
-        losses, statistics, kept = _forward(*tensors, keep, wanted)
+        given = [*tensors, keep, wanted]
+        losses, statistics, kept = _forward(*given)
         ctx.save_for_backward(*tensors, statistics, kept)
         ctx.wanted = wanted
         return losses
@@ -111,7 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dispatch.refuse_second_derivative(_OP)
         wants = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-        made = _backward(gradient, *ctx.saved_tensors, *wants, ctx.wanted)
+        given = [gradient, *ctx.saved_tensors, *wants, ctx.wanted]
+        made = _backward(*given)
         gradients = [g if wanted else None for g, wanted in zip(made, wants, strict=True)]
         return (*gradients, None, None, None)
 
