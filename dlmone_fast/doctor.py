@@ -221,8 +221,7 @@ def _check_noise() -> None:
 def _check_nearest_token() -> None:
     import torch
 
-    from dlmone_fast.kernels import reference
-    from dlmone_fast.kernels.nearest_token import nearest_token
+    from dlmone_fast.kernels.nearest_token import nearest_token, reference
 
     numbers = torch.Generator().manual_seed(0)
     x, table = (torch.randn(n, 48, generator=numbers) for n in (40, 300))

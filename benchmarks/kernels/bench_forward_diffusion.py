@@ -9,9 +9,13 @@ from torch import Tensor
 from benchmarks.harness import checks
 from benchmarks.harness.race import Race, ours
 from benchmarks.kernels import floors, peers, shapes
-from dlmone_fast.kernels import reference
-from dlmone_fast.kernels.forward_diffusion import forward_diffusion, forward_diffusion_of_tokens
+from dlmone_fast.kernels.forward_diffusion import (
+    forward_diffusion,
+    forward_diffusion_of_tokens,
+    reference,
+)
 from dlmone_fast.kernels.noise import Stream, draws_of
+from dlmone_fast.kernels.noise.reference import normal
 
 _SEED, _STREAM, _STEP = 1, Stream.TEACHER_NOISE, 7
 _ROWS_CHECKED = 4
@@ -80,6 +84,6 @@ def _exact(x0: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor, samples: Tens
     """x_t of the first rows in fp64."""
     first = slice(_ROWS_CHECKED)
     draws = draws_of(_SEED, samples[first], _STEP, x0.device)
-    noise = reference.normal(draws, _STREAM, x0.shape[1], x0.shape[2])
+    noise = normal(draws, _STREAM, x0.shape[1], x0.shape[2])
     scales = (alpha[first].double(), sigma[first].double())
     return reference.forward_diffusion(x0[first].double(), *scales, mask[first], noise)

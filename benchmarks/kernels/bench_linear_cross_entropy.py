@@ -12,8 +12,7 @@ from torch import Tensor
 from benchmarks.harness import checks
 from benchmarks.harness.race import COMPILED, EAGER, Race, ours
 from benchmarks.kernels import floors, peers, shapes
-from dlmone_fast.kernels import reference
-from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy, reference
 
 
 @pytest.mark.shapes(shapes.LINEAR_CROSS_ENTROPY)

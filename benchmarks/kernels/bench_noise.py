@@ -9,8 +9,7 @@ from torch import Tensor
 from benchmarks.harness import checks
 from benchmarks.harness.race import EAGER, Race, ours
 from benchmarks.kernels import floors, shapes
-from dlmone_fast.kernels import reference
-from dlmone_fast.kernels.noise import Stream, draws_of, normal_of_draws
+from dlmone_fast.kernels.noise import Stream, draws_of, normal_of_draws, reference
 
 _ROWS_CHECKED = 4
 

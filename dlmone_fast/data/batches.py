@@ -17,8 +17,7 @@ from dlmone_fast.data.cache import TokenCache
 from dlmone_fast.data.layouts import check_seq_len, layout_source, source_limit
 from dlmone_fast.data.slots import batch_in_slots, source_lengths
 from dlmone_fast.errors import UsageError
-from dlmone_fast.kernels.draws import LIMIT
-from dlmone_fast.kernels.noise import Stream, permutation
+from dlmone_fast.kernels.noise import LIMIT, Stream, permutation
 from dlmone_fast.text_tokenizer import TextTokenizer
 
 # Batches that are sorted by length together: enough for even lengths, few enough to stay mixed.

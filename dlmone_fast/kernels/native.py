@@ -6,7 +6,7 @@ import importlib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlmone_fast.errors import BackendUnavailableError
 
@@ -65,7 +65,7 @@ def threads_for(nanoseconds: float) -> int:
     return torch.get_num_threads() if nanoseconds >= _WORTH_A_TEAM_NS else 1
 
 
-def why_not_on(tensor: Tensor) -> str | None:
+def why_not_on(tensor: Tensor, *others: Any) -> str | None:
     """One line saying why the CPU code cannot run on the tensor, or None when it can."""
     if tensor.device.type != "cpu":
         return f"it runs on CPU tensors, not on {tensor.device.type}"

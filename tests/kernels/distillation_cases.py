@@ -52,7 +52,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "whole":
         return 3, 9, 20
     # As in samples over 32768 numbers, which the interpreter takes seconds for.
-    kernels = pytest.importorskip("dlmone_fast.kernels.triton.distillation_loss")
+    kernels = pytest.importorskip("dlmone_fast.kernels.distillation_loss.triton")
     monkeypatch.setattr(kernels, "_WHOLE", 0)
     monkeypatch.setattr(kernels, "_TILES", 1)
     return 3, 260, 20

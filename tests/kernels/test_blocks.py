@@ -9,8 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import blocks, reference
-from dlmone_fast.kernels.blocks import add_layer_norm, bias_gelu, bias_tanh, input_layer_norm
+from dlmone_fast.kernels.blocks import (
+    add_layer_norm,
+    bias_gelu,
+    bias_tanh,
+    input_layer_norm,
+    op,
+    reference,
+)
 from dlmone_fast.kernels.triton import support
 from dlmone_fast.networks.layers import LAYER_NORM_EPS
 from tests.kernels.tolerances import assert_matches
@@ -289,11 +295,11 @@ def test_operators_do_what_their_traces_say(backend: str, device: torch.device) 
     weight, bias = norm_arguments(8, device)
     for wanted in (True, False):
         arguments = (x, x.clone(), weight, bias, EPS, wanted, backend)
-        torch.library.opcheck(blocks._add_layer_norm_op, arguments, test_utils=checks)
+        torch.library.opcheck(op._add_layer_norm.custom_op, arguments, test_utils=checks)
     entered = (x, x[0].clone(), x[:, 0].clone(), weight, bias, EPS, backend)
-    torch.library.opcheck(blocks._input_layer_norm_op, entered, test_utils=checks)
-    for op in (blocks.BIAS_GELU, blocks.BIAS_TANH):
-        torch.library.opcheck(blocks._bias_activation_op, (op, x, bias, backend), test_utils=checks)
+    torch.library.opcheck(op._input_layer_norm.custom_op, entered, test_utils=checks)
+    for activation in (op._bias_gelu, op._bias_tanh):
+        torch.library.opcheck(activation.custom_op, (x, bias, backend), test_utils=checks)
 
 
 def test_a_gradient_is_refused_and_no_grad_is_the_way_out(

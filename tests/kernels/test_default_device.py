@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.kernels import blocks, dispatch, native, noise
-from dlmone_fast.kernels import linear_cross_entropy_torch as tiles
 from dlmone_fast.kernels.distillation_loss import distillation_loss
 from dlmone_fast.kernels.forward_diffusion import (
     diffuse_of_draws,
@@ -18,6 +17,7 @@ from dlmone_fast.kernels.forward_diffusion import (
     forward_diffusion_of_tokens,
 )
 from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from dlmone_fast.kernels.linear_cross_entropy import torch as tiles
 from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token, nearest_token_with_margin
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import reference
-from dlmone_fast.kernels.distillation_loss import distillation_loss, weight_floor
+from dlmone_fast.kernels.distillation_loss import distillation_loss, reference, weight_floor
 from tests.kernels.distillation_cases import (
     BACKENDS,
     FLOOR,

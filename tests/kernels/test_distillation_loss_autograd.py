@@ -10,12 +10,8 @@ from torch import Tensor
 
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch
-from dlmone_fast.kernels.distillation_loss import (
-    GRADIENTS,
-    _forward,
-    _gradients,
-    distillation_loss,
-)
+from dlmone_fast.kernels.distillation_loss import distillation_loss
+from dlmone_fast.kernels.distillation_loss.op import GRADIENTS, _forward, _gradients
 from tests.kernels.distillation_cases import (
     BACKENDS,
     FLOOR,
@@ -163,7 +159,7 @@ def test_operators_do_what_their_traces_say(backend: str, count: int, device: to
     mask, h = torch.ones(2, 5, device=device), torch.ones(2, device=device)
     checks = ("test_schema", "test_faketensor")
     arguments = (x, teacher, score, mask, h, 1.0, False, -0.2, FLOOR, count, backend)
-    torch.library.opcheck(_forward, arguments, test_utils=checks)
+    torch.library.opcheck(_forward.custom_op, arguments, test_utils=checks)
     if count:
         scaled = (x, teacher, score, mask, h, 2 * h, -0.2, count, backend)
-        torch.library.opcheck(_gradients, scaled, test_utils=checks)
+        torch.library.opcheck(_gradients.custom_op, scaled, test_utils=checks)

@@ -14,9 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from dlmone_fast.kernels import blocks, dispatch, forward_diffusion, native, nearest_token, noise
-from dlmone_fast.kernels import distillation_loss as distillation
-from dlmone_fast.kernels import linear_cross_entropy as cross_entropy
+from dlmone_fast.kernels import dispatch, native
+from dlmone_fast.kernels.blocks import op as blocks
+from dlmone_fast.kernels.distillation_loss import op as distillation
+from dlmone_fast.kernels.forward_diffusion import op as forward_diffusion
+from dlmone_fast.kernels.linear_cross_entropy import op as cross_entropy
+from dlmone_fast.kernels.nearest_token import op as nearest_token
+from dlmone_fast.kernels.noise import op as noise
 from dlmone_fast.kernels.triton import support
 
 
@@ -45,8 +49,8 @@ Arguments = Callable[[str], tuple[Any, ...]]
 
 def linear_backward(name: str, wants: tuple[bool, ...], selected: Tensor | None) -> tuple[Any, ...]:
     saved = (H, TABLE, None, TARGETS, selected)
-    _, statistics, kept = cross_entropy._run_forward(*saved, name, False)
-    return (GRAD, *saved, statistics, kept, name, *wants)
+    _, statistics, kept = cross_entropy._forward(*saved, False, name)
+    return (GRAD, *saved, statistics, kept, *wants, name)
 
 
 CASES: dict[str, tuple[str, Any, Arguments]] = {
@@ -113,7 +117,7 @@ CASES: dict[str, tuple[str, Any, Arguments]] = {
     "linear cross-entropy": (
         "linear_cross_entropy",
         cross_entropy._forward,
-        lambda b: (H, TABLE, None, TARGETS, SELECTED, b, False),
+        lambda b: (H, TABLE, None, TARGETS, SELECTED, False, b),
     ),
     **{
         f"gradients of the linear cross-entropy, {'some' if some is not None else 'all'}": (
@@ -125,27 +129,27 @@ CASES: dict[str, tuple[str, Any, Arguments]] = {
     },
     "add + norm": (
         "add_layer_norm",
-        blocks._add_layer_norm_op,
+        blocks._add_layer_norm,
         lambda b: (X, Y, VECTOR, VECTOR, 1e-5, True, b),
     ),
     "input + norm": (
         "input_layer_norm",
-        blocks._input_layer_norm_op,
+        blocks._input_layer_norm,
         lambda b: (X, TABLE, permuted(X[:, 0]), VECTOR, VECTOR, 1e-5, b),
     ),
     "gelu": (
         "bias_gelu",
-        blocks._bias_activation_op,
-        lambda b: ("bias_gelu", X, VECTOR, b),
+        blocks._bias_gelu,
+        lambda b: (X, VECTOR, b),
     ),
     "tanh": (
         "bias_tanh",
-        blocks._bias_activation_op,
-        lambda b: ("bias_tanh", X, VECTOR, b),
+        blocks._bias_tanh,
+        lambda b: (X, VECTOR, b),
     ),
     "margins": (
         "nearest_token_with_margin",
-        nearest_token._margin_op,
+        nearest_token._ids_and_margin,
         lambda b: (H, TABLE, 0, b),
     ),
 }
@@ -159,7 +163,7 @@ def names(op: str) -> list[str]:
     ("name", "backend"), [(name, b) for name, (op, *_) in CASES.items() for b in names(op)]
 )
 def test_real_strides_are_the_promised_ones(name: str, backend: str, device: torch.device):
-    _, op, make = CASES[name]
+    op, make = CASES[name][1].custom_op, CASES[name][2]
     if backend == "cpp" and not native.is_available():
         pytest.skip(f"native: {native.why_missing()}")
     place = torch.device("cpu") if backend == "cpp" else device

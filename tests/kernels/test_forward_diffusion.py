@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import dispatch, native, reference
+from dlmone_fast.kernels import dispatch, native
 from dlmone_fast.kernels.forward_diffusion import (
-    _cpp,
-    _to_table,
     diffuse_of_draws,
     forward_diffusion,
     forward_diffusion_of_tokens,
+    reference,
 )
+from dlmone_fast.kernels.forward_diffusion.native import forward_diffusion as _cpp
+from dlmone_fast.kernels.forward_diffusion.op import _to_table
 from dlmone_fast.kernels.noise import Stream, draws_of, normal
+from dlmone_fast.kernels.noise import reference as noise_reference
 from tests.kernels.tolerances import assert_matches
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,7 +67,7 @@ class Case:
     def noise(self) -> Tensor:
         _, length, channels = self.x0.shape
         draws = draws_of(SEED, self.samples, 4, torch.device("cpu"))
-        return reference.normal(draws, STREAM, length, channels)
+        return noise_reference.normal(draws, STREAM, length, channels)
 
     def exact(self, x0: Tensor, mask: Tensor | None) -> Tensor:
         return reference.forward_diffusion(

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import dispatch, reference
-from dlmone_fast.kernels import linear_cross_entropy_torch as tiles
-from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from dlmone_fast.kernels import dispatch
+from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy, reference
+from dlmone_fast.kernels.linear_cross_entropy import torch as tiles
 from dlmone_fast.kernels.triton import support
 from tests.kernels.tolerances import assert_matches
 
@@ -412,8 +412,8 @@ def test_the_torch_backend_holds_a_tile_of_logits():
     case = Case(n, v, d, torch.float32, torch.device("cpu"))
     h, e, b = (t.detach() for t in case.leaves())
     with Allocations() as allocations:
-        forward = tiles.run(h, e, b, case.targets, case.mask, True)
-        tiles.run_backward(case.upstream(), h, e, b, case.targets, case.mask, *forward[1:],
+        forward = tiles.forward(h, e, b, case.targets, case.mask, True)
+        tiles.backward(case.upstream(), h, e, b, case.targets, case.mask, *forward[1:],
                                True, True, True)  # fmt: skip
     assert max(allocations.sizes) <= 4 * tiles._TILE_LOGITS
     assert 4 * n * v >= 4 * tiles._TILE_LOGITS * 16
@@ -422,7 +422,7 @@ def test_the_torch_backend_holds_a_tile_of_logits():
 @pytest.fixture
 def launches_left_out(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Any:
     needs_triton(device)
-    from dlmone_fast.kernels.triton import linear_cross_entropy as kernels
+    from dlmone_fast.kernels.linear_cross_entropy import triton as kernels
 
     class Nothing:
         def __getitem__(self, grid: Any) -> Callable[..., None]:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import dispatch, native, reference
+from dlmone_fast.kernels import dispatch, native
 from dlmone_fast.kernels.nearest_token import (
     Vocabulary,
-    _cpp,
-    _cpp_with_margin,
     nearest_token,
     nearest_token_with_margin,
+    reference,
 )
+from dlmone_fast.kernels.nearest_token.native import search
 
 # The paths of the native backend, on a table packed once ("/packed") and at every call.
 PATHS = ("avx512_vnni/packed", "avx512/packed", "avx512", "avx2/packed", "avx2",
@@ -40,7 +40,7 @@ def nearest(request: pytest.FixtureRequest):
 
     def on_path(x: Tensor, e: Tensor) -> Tensor:
         vocabulary = Vocabulary(e, transient=transient)
-        return _cpp(x.reshape(-1, x.shape[-1]), vocabulary, path).view(x.shape[:-1])
+        return search(x.reshape(-1, x.shape[-1]), vocabulary, False, path)[0].view(x.shape[:-1])
 
     return on_path
 
@@ -51,7 +51,7 @@ def with_margin(request: pytest.FixtureRequest):
     if request.param == "torch":
         return lambda x, e: nearest_token_with_margin(x, e, kernel_backend="torch")
     path, transient = native_path(request.param)
-    return lambda x, e: _cpp_with_margin(x, Vocabulary(e, transient=transient), path)
+    return lambda x, e: search(x, Vocabulary(e, transient=transient), True, path)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -428,7 +428,7 @@ def native_arguments() -> dict:
 @pytest.mark.skipif("avx512_vnni" not in native.cpu_paths(), reason="this CPU has no VNNI")
 def test_the_integer_path_refuses_a_table_that_is_not_packed():
     with pytest.raises(ValueError, match="needs a packed table"):
-        _cpp(random(2, 4), Vocabulary(random(5, 4), transient=True), "avx512_vnni")
+        search(random(2, 4), Vocabulary(random(5, 4), transient=True), False, "avx512_vnni")
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"native: {native.why_missing()}")

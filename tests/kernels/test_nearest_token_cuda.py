@@ -7,6 +7,7 @@ arithmetic, shared-memory layout, reductions and tie rules are those that a GPU 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import re
 import shutil
@@ -20,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels import cuda_nearest_token as cuda
-from dlmone_fast.kernels import native, reference
+from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.kernels import dispatch, native
+from dlmone_fast.kernels.nearest_token import Vocabulary, cuda, nearest_token, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
@@ -150,7 +152,7 @@ def nearest(request: pytest.FixtureRequest) -> Nearest:
         pytest.skip(reason)
 
     def on_gpu(x: Tensor, e: Tensor, with_margin: bool = False) -> tuple[Tensor, Tensor | None]:
-        ids, margin = cuda.search(on_device(x), on_device(e), with_margin)
+        ids, margin = search(on_device(x), on_device(e), with_margin)
         return ids.cpu(), None if margin is None else margin.cpu()
 
     return on_gpu
@@ -160,6 +162,10 @@ def on_device(matrix: Tensor) -> Tensor:
     """A copy on the GPU with the same strides."""
     storage = torch.empty(0, dtype=matrix.dtype).set_(matrix.untyped_storage())
     return storage.cuda().as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
+
+
+def search(x: Tensor, e: Tensor, with_margin: bool = False) -> tuple[Tensor, Tensor | None]:
+    return cuda.search(x, Vocabulary(e, transient=True), with_margin)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -438,6 +444,118 @@ def test_usable_names_the_reason(monkeypatch: pytest.MonkeyPatch):
     assert cuda.usable(OnGpu(), OnGpu()) is None
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device was tested yet."""
+    monkeypatch.setattr(cuda, "_tested", {})
+
+
+def test_the_self_test_passes_on_right_kernels(
+    emulation: Emulation, untested: None, monkeypatch: pytest.MonkeyPatch
+):
+    cases: list[tuple[int, bool]] = []
+
+    def emulated(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple:
+        cases.append((len(x), with_margin))
+        return emulation(x, vocabulary.table, with_margin)
+
+    monkeypatch.setattr(cuda, "search", emulated)
+    for _ in range(2):
+        assert cuda.self_test(CPU) is None
+    # Once a device, with and without margins.
+    assert cases == [(n, m) for n, *_ in cuda._CASES for m in (True, False)]
+
+
+def next_to_right(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple:
+    ids, margin = right(x, vocabulary, with_margin)
+    return (ids + 1) % len(vocabulary), margin
+
+
+def of_another_margin(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple:
+    ids, margin = right(x, vocabulary, with_margin)
+    return ids, None if margin is None else margin * 1.001
+
+
+def stopping(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple:
+    raise RuntimeError("no kernel image is available")
+
+
+def right(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple:
+    table = vocabulary.table
+    margin = reference.margin(x, table).float() if with_margin else None
+    return reference.nearest_token(x, table), margin
+
+
+@pytest.mark.parametrize(
+    ("search", "reason"),
+    [
+        (next_to_right, "ids or margins of 1 tokens in torch.float32"),
+        (of_another_margin, "ids or margins of 7 tokens in torch.float16"),
+        (stopping, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_failed_self_test_is_a_reason_to_fall_back_or_to_refuse(
+    untested: None, monkeypatch: pytest.MonkeyPatch, search: Nearest, reason: str
+):
+    monkeypatch.setattr(cuda, "search", search)
+    monkeypatch.setattr(cuda, "usable", lambda x, embedding: None)
+    on_this_device = tuple(
+        dataclasses.replace(backend, device="cpu") if backend.name == "cuda" else backend
+        for backend in dispatch.backends("nearest_token")
+    )
+    monkeypatch.setitem(dispatch._BACKENDS, "nearest_token", on_this_device)
+    x, e = random(4, 6), random(9, 6, seed=1)
+    # "auto" falls back, and the reason stands where `doctor` looks.
+    assert torch.equal(nearest_token(x, e), reference.nearest_token(x, e))
+    assert f"its self-test on cpu failed: {reason}" in str(on_this_device[0].usable(x, e))
+    with pytest.raises(BackendUnavailableError, match=f"its self-test on cpu failed: {reason}"):
+        nearest_token(x, e, kernel_backend="cuda")
+
+
+def test_auto_takes_kernels_that_passed(untested: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "search", right)
+    monkeypatch.setattr(cuda, "usable", lambda x, embedding: None)
+    backend = dataclasses.replace(dispatch.backends("nearest_token")[0], device="cpu")
+    monkeypatch.setitem(dispatch._BACKENDS, "nearest_token", (backend,))
+    x, e = random(4, 6), random(9, 6, seed=1)
+    assert dispatch.select("nearest_token", x, e).name == "cuda"
+
+
+def test_memory_that_runs_out_says_nothing_of_the_kernels(
+    untested: None, monkeypatch: pytest.MonkeyPatch
+):
+    def full(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(cuda, "search", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.self_test(CPU)
+    monkeypatch.setattr(cuda, "search", right)
+    assert cuda.self_test(CPU) is None
+
+
+def test_nothing_is_tested_while_a_graph_is_captured(
+    untested: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    reason = cuda.self_test(torch.device("cuda:0"))
+    assert reason is not None
+    assert "call nearest_token once before the capture" in reason
+    assert not cuda._tested
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_this_gpu_passes_the_self_test():
+    place = torch.device("cuda", torch.cuda.current_device())
+    reason = cuda.usable(torch.empty(1, 1, device=place), torch.empty(1, 1))
+    if reason:
+        pytest.skip(reason)
+    assert cuda.self_test(place) is None
+
+
 with_cuda_build = pytest.mark.skipif(
     not native.is_available() or not native.module().built_with_cuda,
     reason=f"the extension has no CUDA part: {native.why_missing() or 'built without nvcc'}",
@@ -515,8 +633,8 @@ def test_run_hands_over_arguments_that_the_native_side_accepts(
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     with pytest.raises(RuntimeError, match=r"nearest_token: .*: cudaError"):
-        cuda.search(random(3, 20, 2)[..., 0], random(7, 20).half(), with_margin)
-    ids, margin = cuda.search(random(0, 20), random(7, 20), with_margin)
+        search(random(3, 20, 2)[..., 0], random(7, 20).half(), with_margin)
+    ids, margin = search(random(0, 20), random(7, 20), with_margin)
     assert ids.shape == (0,)
     assert (margin is not None) == with_margin
 
@@ -526,21 +644,21 @@ def test_run_hands_over_arguments_that_the_native_side_accepts(
 @pytest.mark.parametrize(("n", "v", "d"), [(128, 30_522, 128), (4097, 5003, 100), (300, 3000, 256)])
 def test_large_shapes_on_a_gpu(n: int, v: int, d: int, dtype: torch.dtype):
     x, e = random(n, d).to(dtype).cuda(), random(v, d, seed=1).to(dtype).cuda()
-    ids, margin = cuda.search(x, e, True)
+    ids, margin = search(x, e, True)
     assert torch.equal(ids, reference.nearest_token(x, e))
     assert margin is not None
     assert torch.equal(margin, reference.margin(x, e).float())
-    assert torch.equal(cuda.search(x, e)[0], ids)
+    assert torch.equal(search(x, e)[0], ids)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_captured_graph_follows_its_inputs():
     e = random(3000, 128, seed=1).cuda().bfloat16()
     x = random(200, 128).cuda().bfloat16()
-    cuda.search(x, e)
+    search(x, e)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ids, _ = cuda.search(x, e)
+        ids, _ = search(x, e)
     for seed in (2, 3):
         x.copy_(random(200, 128, seed=seed))
         graph.replay()

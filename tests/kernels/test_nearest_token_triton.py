@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError
-from dlmone_fast.kernels import dispatch, reference
+from dlmone_fast.kernels import dispatch
 from dlmone_fast.kernels.nearest_token import (
     Vocabulary,
     nearest_token,
     nearest_token_with_margin,
+    reference,
 )
 
 pytest.importorskip("triton")
@@ -205,7 +206,7 @@ def test_compiles_without_a_break(device: torch.device):
 @pytest.mark.parametrize("v", [1, 2, 30_522, 250_000])
 @pytest.mark.parametrize("n", [1, 64, 65, 128, 4096, 16_384])
 def test_the_plan_covers_the_vocabulary_and_keeps_the_workspace_small(n: int, v: int):
-    from dlmone_fast.kernels.triton.nearest_token import Plan
+    from dlmone_fast.kernels.nearest_token.triton import Plan
 
     plan = Plan.of(n, v, margin=False)
     assert plan.splits * plan.tiles_per_split >= plan.tiles

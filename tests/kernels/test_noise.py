@@ -7,21 +7,22 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import BackendUnavailableError, UsageError
-from dlmone_fast.kernels import dispatch, native, reference
+from dlmone_fast.kernels import dispatch, native
 from dlmone_fast.kernels.noise import (
     Stream,
-    _cpp,
-    _cpp_words,
     draws_of,
     normal,
     normal_of_draws,
     permutation,
     philox_4x32,
     random_bits,
+    reference,
     uniform_integers,
     words_of_draws,
 )
-from dlmone_fast.kernels.philox import box_muller
+from dlmone_fast.kernels.noise.native import normal as _cpp
+from dlmone_fast.kernels.noise.native import words as _cpp_words
+from dlmone_fast.kernels.noise.torch import box_muller
 
 PATHS = ("avx512", "avx2", "portable")
 BACKENDS = ("torch", "cpp", "triton")

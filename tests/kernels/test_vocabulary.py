@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import UsageError
-from dlmone_fast.kernels import native, reference, vocabulary
+from dlmone_fast.kernels import native
 from dlmone_fast.kernels.nearest_token import (
     Vocabulary,
     nearest_token,
     nearest_token_with_margin,
+    reference,
+    vocabulary,
 )
 
 BACKENDS = ("cpp", "torch")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels.reference import distillation_loss
+from dlmone_fast.kernels.distillation_loss.reference import distillation_loss
 from dlmone_fast.losses.distillation import score_matching_loss
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 1]])

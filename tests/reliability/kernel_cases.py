@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dlmone_fast.kernels import blocks, dispatch
 from dlmone_fast.kernels.distillation_loss import distillation_loss
-from dlmone_fast.kernels.draws import draws_of
 from dlmone_fast.kernels.forward_diffusion import forward_diffusion, forward_diffusion_of_tokens
 from dlmone_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from dlmone_fast.kernels.nearest_token import nearest_token, nearest_token_with_margin
-from dlmone_fast.kernels.noise import Stream, normal, words_of_draws
+from dlmone_fast.kernels.noise import Stream, draws_of, normal, words_of_draws
 
 Results = list[Tensor]
 Run = Callable[[torch.device, str], Results]

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels import native, philox, reference
+from dlmone_fast.kernels import native
+from dlmone_fast.kernels.nearest_token import reference
+from dlmone_fast.kernels.noise import torch as philox
 
 GUARD_BYTES = 64
 _GUARD = 0xA5

@@ -1,4 +1,5 @@
-"""Triton kernels and the functions that launch them.
+"""Tools for Triton kernels: where they can run, and the check that they compile for a GPU.
 
-Modules here import triton, so an operation imports its own only when it runs on this backend.
+The kernels themselves are in `kernels/<operation>/triton.py`. Those modules import triton, so an
+operation imports its own only when it runs on this backend.
 """

@@ -16,7 +16,6 @@ import inspect
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dlmone_fast.kernels.dispatch import OPERATIONS
 from dlmone_fast.kernels.triton.support import Build
 
 ARCHITECTURES = (80, 90)
@@ -52,13 +52,9 @@ class Usage:
 
 @cache
 def kernel_modules(names: tuple[str, ...] = ()) -> tuple[ModuleType, ...]:
-    """The modules of this package that hold kernels, or those with the given names."""
-    if names:
-        return tuple(importlib.import_module(name) for name in names)
-    package = importlib.import_module(__package__ or "dlmone_fast.kernels.triton")
-    # This file runs as __main__ as well; importing it again would only warn.
-    found = [info.name for info in pkgutil.iter_modules(package.__path__) if info.name != "aot"]
-    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in found)
+    """The modules that hold kernels, `kernels/<operation>/triton.py`, or those with the names."""
+    operations = names or [f"dlmone_fast.kernels.{name}.triton" for name in OPERATIONS]
+    return tuple(importlib.import_module(name) for name in operations)
 
 
 def shipped_builds(modules: Sequence[ModuleType]) -> Iterator[Build]:
@@ -154,8 +150,8 @@ def _assemble(ptx: str, arch: int) -> str:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else 0
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
 
 
 def _describe(build: Build) -> str:
@@ -174,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true",
                         help="no fp16, and small kernels once on older architectures")  # fmt: skip
     parser.add_argument("--modules", nargs="+", default=[], metavar="NAME",
-                        help="modules to check (default: those of this package)")  # fmt: skip
+                        help="modules to check (default: those of every operation)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dlmone_fast.kernels.dispatch import Backend
 
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -42,21 +44,44 @@ class Build:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def build(
+    kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str], **launch: Any
+) -> Build:
+    """A `Build` of pointers to fp32 (arguments `..._ptr`) and i32 numbers, but for `types`.
+
+    `types` may name arguments of other kernels, too; `launch` holds the further fields of `Build`.
+    """
+    names = [name for name in kernel.arg_names if name not in constants]
+    usual = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature = {name: types.get(name, kind) for name, kind in usual.items()}
+    return Build(kernel, signature, constants, **launch)
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: exact and very slow."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def automatic() -> bool:
-    """Whether "auto" may choose Triton: not its interpreter, which exists for tests."""
-    return not interpreting()
+def backend(kernel: Callable[[], Callable[..., Any]]) -> Backend:
+    """The Triton backend that runs the function which `kernel()` gives.
+
+    Called late, so that triton, which takes a second to import, is imported on first use only.
+    """
+    return Backend(
+        "triton",
+        usable,
+        lambda *given, **named: kernel()(*given, **named),
+        # Not in its interpreter, which exists for tests.
+        automatic=lambda: not interpreting(),
+        device="cuda",
+    )
 
 
-def usable(*tensors: Any) -> str | None:
-    """None, or why Triton cannot run on these tensors here."""
+def usable(first: Tensor, *others: Any) -> str | None:
+    """None, or why Triton cannot run on the tensor here."""
     if not _installed():
         return "triton is not installed (pip install triton)"
-    device = next(t.device for t in tensors if isinstance(t, Tensor))
+    device = first.device
     if interpreting():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors"
     if device.type != "cuda":

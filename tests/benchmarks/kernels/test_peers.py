@@ -8,7 +8,11 @@ from torch import Tensor
 
 from benchmarks.harness import checks
 from benchmarks.kernels import peers
-from dlmone_fast.kernels import reference
+from dlmone_fast.kernels.blocks import reference as blocks
+from dlmone_fast.kernels.distillation_loss import reference as distillation_loss
+from dlmone_fast.kernels.forward_diffusion import reference as forward_diffusion
+from dlmone_fast.kernels.linear_cross_entropy import reference as linear_cross_entropy
+from dlmone_fast.kernels.nearest_token import reference as rounding
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -18,7 +22,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("words", [1, 5, 50])
 def test_rounding_peers_find_the_nearest_rows(words: int):
     x, table = random(9, 7), random(words, 7, seed=1)
-    exact = reference.nearest_token(x, table)
+    exact = rounding.nearest_token(x, table)
     norms = table.square().sum(1)
     assert torch.equal(peers.all_differences(x, table), exact)
     assert torch.equal(peers.expanded_square(x, table), exact)
@@ -31,7 +35,7 @@ def test_every_rounding_peer_is_offered_and_right():
     x, table = random(9, 7), random(50, 7, seed=1)
     found = peers.rounding(x, table)
     assert {"matmul + argmin", "DiffuSeq get_knn", "DiffuSeq get_efficient_knn"} <= set(found)
-    check = checks.same_ids(reference.nearest_token(x, table))
+    check = checks.same_ids(rounding.nearest_token(x, table))
     # Compiling takes seconds and is torch's own matter.
     uncompiled = {name: call for name, call in found.items() if "compiled" not in name}
     assert {name: check(call()) for name, call in uncompiled.items()} == dict.fromkeys(uncompiled)
@@ -49,20 +53,21 @@ def test_forward_diffusion_noises_targets_only():
     assert checks.diffused(x0, alpha, sigma, mask)(x_t) is None
     noise = torch.where(mask[..., None], (x_t - alpha[:, None, None] * x0), 0)
     noise = noise / sigma[:, None, None]
-    assert checks.close_to(reference.forward_diffusion(x0, alpha, sigma, mask, noise))(x_t) is None
+    exact = forward_diffusion.forward_diffusion(x0, alpha, sigma, mask, noise)
+    assert checks.close_to(exact)(x_t) is None
 
 
 def test_distillation_loss_is_the_reference():
     inputs = [random(3, 5, 4, seed=seed) for seed in range(3)]
     mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     loss = peers.distillation_loss(*inputs, mask, 1.2, 0.05)
-    exact = reference.distillation_loss(*inputs, mask, "sid", 1.2, 0.05)[0]
+    exact = distillation_loss.distillation_loss(*inputs, mask, "sid", 1.2, 0.05)[0]
     assert checks.close_to(exact)(loss) is None
 
 
 def test_linear_cross_entropy_is_the_reference():
     h, table, ids = random(6, 4), random(11, 4, seed=1), torch.tensor([0, 3, 10, 2, 2, 9])
-    exact = reference.linear_cross_entropy(h, table, ids)
+    exact = linear_cross_entropy.linear_cross_entropy(h, table, ids)
     assert checks.close_to(exact)(peers.linear_cross_entropy(h, table, ids)) is None
 
 
@@ -73,13 +78,13 @@ def test_blocks_are_the_references():
     for actual, exact in (
         (
             peers.add_layer_norm(x, residual, *norm),
-            reference.add_layer_norm(x, residual, *norm)[0],
+            blocks.add_layer_norm(x, residual, *norm)[0],
         ),
         (
             peers.input_layer_norm(x, position, time, *norm),
-            reference.input_layer_norm(x, position, time, *norm),
+            blocks.input_layer_norm(x, position, time, *norm),
         ),
-        (peers.bias_gelu(x, bias), reference.bias_gelu(x, bias)),
-        (peers.bias_tanh(x, bias), reference.bias_tanh(x, bias)),
+        (peers.bias_gelu(x, bias), blocks.bias_gelu(x, bias)),
+        (peers.bias_tanh(x, bias), blocks.bias_tanh(x, bias)),
     ):
         assert checks.close_to(exact)(actual) is None

@@ -1,4 +1,4 @@
-"""What a random number depends on, checked: key and counter words from a caller's arguments."""
+"""Key and counter words of a random number, made from a caller's arguments and checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PerRow: TypeAlias = int | Sequence[int] | Tensor
 
 
 class Stream(IntEnum):
-    """What a random number is for: the first counter word. Values never change meaning."""
+    """Purposes of random numbers: the first counter word. Values never change meaning."""
 
     GENERATION = 0
     DATA_ORDER = 1
@@ -52,22 +52,32 @@ class Stream(IntEnum):
 
 
 def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:
-    """What a row's noise depends on besides stream and position: int64 [B, 4] on `device`.
+    """Key and counter words of each row's noise, all but stream and position.
 
-    The columns are k0, k1, sample, step, each in [0, 2^32). Arguments and errors as for
-    `noise.normal`.
+    An int64 [B, 4] on `device` with the columns k0, k1, sample, step, each in [0, 2^32). Arguments
+    and errors as for `noise.normal`.
     """
-    columns = [*key_of(seed, device), word("sample", sample, None), word("step", step, None)]
-    if not any(isinstance(column, Tensor) for column in columns):
-        return torch.tensor([columns], dtype=torch.int64, device=device)
-    rows = _row_count(seed=seed, sample=sample, step=step)
-    draws = torch.empty(rows, 4, dtype=torch.int64, device=device)
-    for name, column in (("sample", columns[2]), ("step", columns[3])):
-        if isinstance(column, Tensor) and column.dim() > 1:
+    k0, k1 = key_of(seed, device)
+    samples, steps = word("sample", sample, None), word("step", step, None)
+    constant, lengths = True, {}
+    for name, column in (("seed", k0), ("sample", samples), ("step", steps)):
+        if not isinstance(column, Tensor):
+            continue
+        constant = False
+        if column.dim() > 1:
             shape = tuple(column.shape)
             raise UsageError(f"{name} must be one number or 1-D, got shape {shape}")
-    for place, column in enumerate(columns):
-        draws[:, place] = column
+        if column.dim() == 1:
+            lengths[name] = len(column)
+    if constant:
+        return torch.tensor([[k0, k1, samples, steps]], dtype=torch.int64, device=device)
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise UsageError(f"per-row arguments must have one length, but {listed}")
+    rows = next(iter(lengths.values()), 1)
+    draws = torch.empty(rows, 4, dtype=torch.int64, device=device)
+    for place, values in enumerate((k0, k1, samples, steps)):
+        draws[:, place] = values
     return draws
 
 
@@ -94,11 +104,13 @@ def key_of(seed: PerRow, device: torch.device) -> tuple[Tensor | int, Tensor | i
     """(k0, k1): ints for one seed, int64 tensors on `device` for one a row."""
     if isinstance(seed, Tensor):
         seed = seed.tolist()
+    values = [_index("seed", s) for s in (seed if isinstance(seed, Sequence) else (seed,))]
+    for value in values:
+        if not 0 <= value < 1 << 64:
+            raise UsageError(f"seed must lie in [0, 2^64), got {value}")
     if not isinstance(seed, Sequence):
-        value = _seed(seed)
-        return value & _MASK, value >> 32
+        return values[0] & _MASK, values[0] >> 32
     # Seeds use all 64 bits, which int64 tensors cannot hold: split them as Python ints.
-    values = [_seed(s) for s in seed]
     halves = [[v & _MASK for v in values], [v >> 32 for v in values]]
     low, high = torch.tensor(halves, dtype=torch.int64, device=device)
     return low, high
@@ -124,8 +136,10 @@ def word(name: str, value: PerRow, device: torch.device | None, limit: int = LIM
     # A device tensor is not read back: that would stall the stream at every draw. While a graph
     # is traced there is nothing to read.
     readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and tensor.numel() and not _within(tensor, limit):
-        raise UsageError(f"{name} must lie in [0, {limit}), got {tensor.tolist()}")
+    if readable and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if low < 0 or high >= limit:
+            raise UsageError(f"{name} must lie in [0, {limit}), got {tensor.tolist()}")
     return tensor
 
 
@@ -134,32 +148,8 @@ def device_of(*values: PerRow) -> torch.device:
     return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
 
 
-def _row_count(**values: PerRow) -> int:
-    lengths = {n: len(v) for n, v in values.items() if not isinstance(v, int) and _is_per_row(v)}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise UsageError(f"per-row arguments must have one length, but {listed}")
-    return next(iter(lengths.values()), 1)
-
-
-def _is_per_row(value: PerRow) -> bool:
-    return value.dim() == 1 if isinstance(value, Tensor) else isinstance(value, Sequence)
-
-
-def _seed(seed: object) -> int:
-    value = _index("seed", seed)
-    if not 0 <= value < 1 << 64:
-        raise UsageError(f"seed must lie in [0, 2^64), got {value}")
-    return value
-
-
 def _index(name: str, value: object) -> int:
     number = as_whole(value)
     if number is None:
         raise UsageError(f"{name} must be an int, got {type(value).__name__}")
     return number
-
-
-def _within(tensor: Tensor, limit: int) -> bool:
-    low, high = torch.aminmax(tensor)
-    return bool(low >= 0) and bool(high < limit)

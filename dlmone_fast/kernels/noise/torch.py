@@ -1,4 +1,4 @@
-"""Philox 4x32-10 and Box-Muller in torch: the torch backend of `kernels/noise.py`."""
+"""Noise in torch, on any device: Philox 4x32-10 and Box-Muller (`op.py` has the formulas)."""
 
 from __future__ import annotations
 

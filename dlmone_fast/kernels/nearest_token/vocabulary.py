@@ -1,4 +1,4 @@
-"""An embedding table with what nearest-token rounding prepares of it once per model."""
+"""An embedding table and the forms of it that nearest-token rounding prepares once per model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.errors import UsageError
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from dlmone_fast.kernels.dispatch import check_dtype
 
 T = TypeVar("T")
 _handles = itertools.count(1)
@@ -21,7 +20,7 @@ _alive: weakref.WeakValueDictionary[int, Vocabulary] = weakref.WeakValueDictiona
 
 
 class Vocabulary:
-    """E [V, d] and what each backend makes of it, kept until the table changes.
+    """E [V, d] and the form that each backend searches, kept until the table changes.
 
     Pass one to `nearest_token` instead of the tensor wherever the same table rounds many times.
     The first call on a backend prepares what it reads. Later calls, from any thread, only read.
@@ -93,11 +92,12 @@ class Vocabulary:
         Raises:
             UsageError: a CUDA graph is being captured, and the table was not prepared before.
         """
-        version = _version(self.table)
+        # In-place changes count versions up; tensors of inference mode have none.
+        version = None if self.table.is_inference() else self.table._version
         kept = self._kept.get(key)
         if kept is not None and kept[0] == version:
-            found: T = kept[1]
-            return found
+            prepared: T = kept[1]
+            return prepared
         with self._lock:
             kept = self._kept.get(key)
             if kept is None or kept[0] != version:
@@ -126,8 +126,10 @@ def _make_for_all_streams(make: Callable[[Tensor], T], table: Tensor) -> T:
     return made
 
 
-def _version(table: Tensor) -> int | None:
-    return None if table.is_inference() else table._version
+def contiguous_rows(table: Tensor) -> Tensor:
+    """A matrix in fp32 with adjacent channels; itself where it is that already."""
+    table = table.float()
+    return table if table.stride(1) == 1 else table.contiguous()
 
 
 def find(handle: int) -> Vocabulary | None:
@@ -145,13 +147,4 @@ def check_table(embedding: Tensor) -> None:
             "nearest_token: embedding must have shape [V, d] with V, d >= 1, "
             f"got {tuple(embedding.shape)}"
         )
-    check_dtype("embedding", embedding)
-
-
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Refuse dtypes that no backend reads."""
-    if tensor.dtype not in DTYPES:
-        raise UsageError(
-            f"nearest_token: {name} must be float32, float16 or bfloat16, got {tensor.dtype}; "
-            "convert it with .float()"
-        )
+    check_dtype("nearest_token", "embedding", embedding)

@@ -4,7 +4,7 @@ Two kernels. `_search_kernel` shares the vocabulary out in splits and keeps, for
 split, the lowest score half_norm(v) - <x, e_v>, its id and the second-lowest score: nothing of
 size tokens x vocabulary exists. `_decide_kernel` knows how far a score can be off: where another
 one lies within twice that of the lowest, it measures the rows of every split that comes as near,
-in fp64 from the original numbers and in the order of `reference.squared_distances`.
+in fp64 from the original numbers and in the order of `reference.py`.
 
 A launch needs no answer from the GPU, so both kernels can be captured in a CUDA graph.
 """
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlmone_fast.kernels.nearest_token.vocabulary import Vocabulary
 from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.support import Build
-from dlmone_fast.kernels.vocabulary import Vocabulary
+from dlmone_fast.kernels.triton.support import Build, build
 
 # Rows of the vocabulary scored together; a power of two, whose column numbers replace the lowest
 # bits of a score.
@@ -271,17 +271,13 @@ class Plan:
         return cls(tokens, triton.cdiv(tiles, tiles_per_split), tiles, tiles_per_split)
 
 
-def run(x: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """ids int64 [n] for rows x [n, d]."""
+def search(x: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple[Tensor, Tensor | None]:
+    """ids int64 [n] for rows x [n, d], and margins fp32 [n] if wanted."""
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    if len(x):
-        _launch(x, vocabulary, ids, None)
-    return ids
-
-
-def run_with_margin(x: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """ids int64 [n] and margins fp32 [n] for rows x [n, d]."""
-    ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if not with_margin:
+        if len(x):
+            _launch(x, vocabulary, ids, None)
+        return ids, None
     margin = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for first in range(0, len(x), _MARGIN_TOKENS):
         part = slice(first, first + _MARGIN_TOKENS)
@@ -359,31 +355,21 @@ def _builds() -> Iterator[Build]:
 
 
 def _search_build(x: str, table: str, constants: dict, warps: int, stages: int) -> Build:
-    pointers = {"x_ptr": f"*{x}", "table_ptr": f"*{table}", "half_ptr": "*fp32",
-                "lowest_ptr": "*fp32", "id_ptr": "*i32", "second_ptr": "*fp32"}  # fmt: skip
-    sizes = dict.fromkeys(("x_stride", "n", "tiles", "tiles_per_split"), "i32")
+    types = {"x_ptr": f"*{x}", "table_ptr": f"*{table}", "id_ptr": "*i32"}
     multiples = ("x_stride",) if constants["D"] % 16 == 0 else ()
-    return Build(_search_kernel, {**pointers, **sizes}, constants, warps, stages, multiples)
+    return build(_search_kernel, constants, types, num_warps=warps, num_stages=stages,
+                 multiples_of_16=multiples)  # fmt: skip
 
 
 def _decide_build(x: str, table: str, search: str, constants: dict) -> Build:
-    pointers = {"x_ptr": f"*{x}", "e_ptr": f"*{table}", "table_ptr": f"*{search}",
-                "extremes_ptr": "*fp32", "lowest_ptr": "*fp32", "id_ptr": "*i32",
-                "second_ptr": "*fp32", "ids_ptr": "*i64",
-                "margin_ptr": "*fp32" if constants["MARGIN"] else "*i64"}  # fmt: skip
-    sizes = dict.fromkeys(
-        ("x_stride", "n", "e_row_stride", "e_stride", "v", "splits", "rows_per_split"), "i32"
-    )
+    types = {"x_ptr": f"*{x}", "e_ptr": f"*{table}", "table_ptr": f"*{search}",
+             "id_ptr": "*i32", "ids_ptr": "*i64",
+             "margin_ptr": "*fp32" if constants["MARGIN"] else "*i64"}  # fmt: skip
     multiples = ("x_stride", "e_row_stride", "rows_per_split") if constants["D"] % 16 == 0 else ()
-    return Build(
-        _decide_kernel,
-        {**pointers, **sizes},
-        constants,
-        num_warps=int(_DECIDE_OPTIONS["num_warps"]),
-        num_stages=int(_DECIDE_OPTIONS["num_stages"]),
-        multiples_of_16=multiples,
-        options={name: _DECIDE_OPTIONS[name] for name in ("maxnreg", "enable_fp_fusion")},
-    )
+    options = {name: _DECIDE_OPTIONS[name] for name in ("maxnreg", "enable_fp_fusion")}
+    return build(_decide_kernel, constants, types, num_warps=_DECIDE_OPTIONS["num_warps"],
+                 num_stages=_DECIDE_OPTIONS["num_stages"], multiples_of_16=multiples,
+                 options=options)  # fmt: skip
 
 
 SHIPPED = tuple(_builds())

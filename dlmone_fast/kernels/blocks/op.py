@@ -11,14 +11,14 @@ fewer than 100 numbers). Taking the mean away first would cost a third of the op
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch
+from dlmone_fast.kernels.blocks import torch as plain
 from dlmone_fast.kernels.triton import support
 
 ADD_LAYER_NORM = "add_layer_norm"
@@ -26,7 +26,6 @@ INPUT_LAYER_NORM = "input_layer_norm"
 BIAS_GELU = "bias_gelu"
 BIAS_TANH = "bias_tanh"
 WIDEST_NORM = 4096
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def add_layer_norm(
@@ -63,8 +62,7 @@ def add_layer_norm(
     _check_norm(ADD_LAYER_NORM, x, weight, bias, eps)
     _check_no_gradient(ADD_LAYER_NORM, x, residual, weight, bias)
     wanted = dispatch.requested(ADD_LAYER_NORM, kernel_backend)
-    run = _add_layer_norm_op if torch.compiler.is_compiling() else _run_add_layer_norm
-    normed, total = run(x, residual, weight, bias, eps, return_sum, wanted)
+    normed, total = _add_layer_norm(x, residual, weight, bias, eps, return_sum, wanted)
     return (normed, total) if return_sum else normed
 
 
@@ -108,8 +106,7 @@ def input_layer_norm(
     _check_like(op, "time", time, projected, (batch, hidden), (projected.dtype,))
     _check_no_gradient(op, projected, position, time, weight, bias)
     wanted = dispatch.requested(op, kernel_backend)
-    run = _input_layer_norm_op if torch.compiler.is_compiling() else _run_input_layer_norm
-    return run(projected, position, time, weight, bias, eps, wanted)
+    return _input_layer_norm(projected, position, time, weight, bias, eps, wanted)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, kernel_backend: str | None = None) -> Tensor:
@@ -128,7 +125,8 @@ def bias_gelu(x: Tensor, bias: Tensor, *, kernel_backend: str | None = None) -> 
         UsageError: shapes, dtypes or devices that do not fit, or a gradient is wanted.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    return _activated(BIAS_GELU, x, bias, kernel_backend)
+    _check_activation(BIAS_GELU, x, bias)
+    return _bias_gelu(x, bias, dispatch.requested(BIAS_GELU, kernel_backend))
 
 
 def bias_tanh(x: Tensor, bias: Tensor, *, kernel_backend: str | None = None) -> Tensor:
@@ -136,19 +134,12 @@ def bias_tanh(x: Tensor, bias: Tensor, *, kernel_backend: str | None = None) -> 
 
     Arguments, result and errors as for `bias_gelu`.
     """
-    return _activated(BIAS_TANH, x, bias, kernel_backend)
+    _check_activation(BIAS_TANH, x, bias)
+    return _bias_tanh(x, bias, dispatch.requested(BIAS_TANH, kernel_backend))
 
 
-def _activated(op: str, x: Tensor, bias: Tensor, kernel_backend: str | None) -> Tensor:
-    _check_x(op, "x", x, None)
-    _check_like(op, "bias", bias, x, (x.shape[-1],), (x.dtype, torch.float32))
-    _check_no_gradient(op, x, bias)
-    run = _bias_activation_op if torch.compiler.is_compiling() else _run_bias_activation
-    return run(op, x, bias, dispatch.requested(op, kernel_backend))
-
-
-# Called directly outside of torch.compile: the dispatcher takes longer than a small block.
-def _run_add_layer_norm(
+@dispatch.operation(ADD_LAYER_NORM)
+def _add_layer_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -157,22 +148,11 @@ def _run_add_layer_norm(
     return_sum: bool,
     wanted: str,
 ) -> tuple[Tensor, Tensor]:
-    backend = dispatch.select(ADD_LAYER_NORM, x, kernel_backend=wanted)
-    normed, total = backend.run(x, residual, weight, bias, eps, return_sum)
-    return normed, total
+    return x.new_empty(x.shape), x.new_empty(x.shape if return_sum else 0)
 
 
-_add_layer_norm_op = torch.library.custom_op(
-    "dlmone_fast::add_layer_norm", _run_add_layer_norm, mutates_args=()
-)
-
-
-@_add_layer_norm_op.register_fake
-def _(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape if given[4] else 0)
-
-
-def _run_input_layer_norm(
+@dispatch.operation(INPUT_LAYER_NORM)
+def _input_layer_norm(
     projected: Tensor,
     position: Tensor,
     time: Tensor,
@@ -181,34 +161,16 @@ def _run_input_layer_norm(
     eps: float,
     wanted: str,
 ) -> Tensor:
-    backend = dispatch.select(INPUT_LAYER_NORM, projected, kernel_backend=wanted)
-    result: Tensor = backend.run(projected, position, time, weight, bias, eps)
-    return result
-
-
-_input_layer_norm_op = torch.library.custom_op(
-    "dlmone_fast::input_layer_norm", _run_input_layer_norm, mutates_args=()
-)
-
-
-@_input_layer_norm_op.register_fake
-def _(projected: Tensor, *given: Any) -> Tensor:
     return projected.new_empty(projected.shape)
 
 
-def _run_bias_activation(op: str, x: Tensor, bias: Tensor, wanted: str) -> Tensor:
-    backend = dispatch.select(op, x, kernel_backend=wanted)
-    result: Tensor = backend.run(x, bias)
-    return result
+@dispatch.operation(BIAS_GELU)
+def _bias_gelu(x: Tensor, bias: Tensor, wanted: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-_bias_activation_op = torch.library.custom_op(
-    "dlmone_fast::bias_activation", _run_bias_activation, mutates_args=()
-)
-
-
-@_bias_activation_op.register_fake
-def _(op: str, x: Tensor, bias: Tensor, wanted: str) -> Tensor:
+@dispatch.operation(BIAS_TANH)
+def _bias_tanh(x: Tensor, bias: Tensor, wanted: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -218,11 +180,7 @@ def _check_x(op: str, name: str, x: Tensor, widest: int | None) -> None:
         raise UsageError(
             f"{op}: {name} must have shape [..., H] with {limit}, got {tuple(x.shape)}"
         )
-    if x.dtype not in _DTYPES:
-        raise UsageError(
-            f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}; "
-            "convert it with .float()"
-        )
+    dispatch.check_dtype(op, name, x)
 
 
 def _check_like(
@@ -253,6 +211,12 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
         raise UsageError(f"{op}: eps must lie in [1e-30, inf), got {eps}")
 
 
+def _check_activation(op: str, x: Tensor, bias: Tensor) -> None:
+    _check_x(op, "x", x, None)
+    _check_like(op, "bias", bias, x, (x.shape[-1],), (x.dtype, torch.float32))
+    _check_no_gradient(op, x, bias)
+
+
 def _check_no_gradient(op: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise UsageError(
@@ -261,70 +225,16 @@ def _check_no_gradient(op: str, *tensors: Tensor) -> None:
         )
 
 
-def _triton_add_layer_norm(*arguments: Any) -> Any:
-    from dlmone_fast.kernels.triton import blocks as kernels
+def _kernels() -> ModuleType:
+    from dlmone_fast.kernels.blocks import triton
 
-    return kernels.add_layer_norm(*arguments)
-
-
-def _triton_input_layer_norm(*arguments: Any) -> Any:
-    from dlmone_fast.kernels.triton import blocks as kernels
-
-    return kernels.input_layer_norm(*arguments)
+    return triton
 
 
-def _triton_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    from dlmone_fast.kernels.triton import blocks as kernels
-
-    return kernels.bias_activation(x, bias, gelu=True)
-
-
-def _triton_bias_tanh(x: Tensor, bias: Tensor) -> Tensor:
-    from dlmone_fast.kernels.triton import blocks as kernels
-
-    return kernels.bias_activation(x, bias, gelu=False)
-
-
-def _torch_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, return_sum: bool
-) -> tuple[Tensor, Tensor]:
-    total = x.float() + residual
-    normed = _torch_norm(total, weight, bias, eps).to(x.dtype)
-    return normed.contiguous(), total.to(x.dtype).contiguous() if return_sum else x.new_empty(0)
-
-
-def _torch_input_layer_norm(
-    projected: Tensor, position: Tensor, time: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    total = projected.float() + position[: projected.shape[1]]
-    total = total.add_(time.unsqueeze(1))
-    return _torch_norm(total, weight, bias, eps).to(projected.dtype).contiguous()
-
-
-def _torch_norm(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(total, (total.shape[-1],), weight.float(), bias.float(), eps)
-
-
-def _torch_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(x.float() + bias).to(x.dtype).contiguous()
-
-
-def _torch_bias_tanh(x: Tensor, bias: Tensor) -> Tensor:
-    return (x.float() + bias).tanh_().to(x.dtype).contiguous()
-
-
-def _register() -> None:
-    for op, on_triton, on_torch in (
-        (ADD_LAYER_NORM, _triton_add_layer_norm, _torch_add_layer_norm),
-        (INPUT_LAYER_NORM, _triton_input_layer_norm, _torch_input_layer_norm),
-        (BIAS_GELU, _triton_bias_gelu, _torch_bias_gelu),
-        (BIAS_TANH, _triton_bias_tanh, _torch_bias_tanh),
-    ):
-        dispatch.register(
-            op,
-            dispatch.Backend("triton", support.usable, on_triton, support.automatic),
-            dispatch.Backend("torch", lambda *tensors: None, on_torch),
-        )
-
-
-_register()
+for _op in (ADD_LAYER_NORM, INPUT_LAYER_NORM, BIAS_GELU, BIAS_TANH):
+    # Functions of the backends bear the operations' names.
+    dispatch.register(
+        _op,
+        support.backend(lambda op=_op: getattr(_kernels(), op)),  # type: ignore[misc]
+        dispatch.in_torch(getattr(plain, _op)),
+    )

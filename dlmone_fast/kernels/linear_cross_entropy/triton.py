@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlmone_fast.kernels.linear_cross_entropy.torch import check_targets, rows_of, take
 from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.support import Build
+from dlmone_fast.kernels.triton.support import Build, build
 
 # Enough programs for every multiprocessor of a large GPU twice over; no property of the GPU at
 # hand enters, so that results are the same on each.
@@ -222,6 +223,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [N], (m, s) of the selected positions in order [2, N], and those positions."""
     n, v = len(h), len(embedding)
+    if targets.device.type == "cpu":
+        # In the interpreter; on a GPU, looking at a value would make the host wait.
+        check_targets(take(targets, rows_of(selected)), v)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
     losses, statistics = torch.zeros(n, **fp32), torch.zeros(2, n, **fp32)
     rows = _selected_rows(h, selected)
@@ -360,22 +364,15 @@ def _launch(dtype: torch.dtype, direction: str) -> dict[str, Any]:
     return {"num_warps": 8, "num_stages": stages}
 
 
+_INTEGERS = {"targets_ptr": "*i64", "rows_ptr": "*i32", "count_ptr": "*i32"}
+
+
 def _build(kernel: Any, dtype: torch.dtype, tile: dict[str, int], direction: str) -> Build:
     element = "*" + _TRITON_TYPES[dtype]
-    types = {
-        "h_ptr": element,
-        "e_ptr": element,
-        "targets_ptr": "*i64",
-        "rows_ptr": "*i32",
-        "count_ptr": "*i32",
-    }
     constants = {**_constants(dtype), **tile, "UPCAST": False}
-    names = [name for name in kernel.arg_names if name not in constants]
-    default = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
-    signature = {name: types.get(name, kind) for name, kind in default.items()}
-    aligned = tuple(n for n in names if n == "D" or n.endswith("_per_split"))
-    return Build(kernel, signature, constants, multiples_of_16=aligned,
-                 **_launch(dtype, direction))  # fmt: skip
+    aligned = tuple(n for n in kernel.arg_names if n == "D" or n.endswith("_per_split"))
+    types = {"h_ptr": element, "e_ptr": element, **_INTEGERS}
+    return build(kernel, constants, types, multiples_of_16=aligned, **_launch(dtype, direction))
 
 
 def _shipped() -> tuple[Build, ...]:
@@ -386,15 +383,7 @@ def _shipped() -> tuple[Build, ...]:
         for tile in tiles.values():
             builds.append(_build(_h_gradient_kernel, dtype, tile, "backward"))
             builds.append(_build(_table_gradient_kernel, dtype, tile, "backward"))
-    signature = {
-        **dict.fromkeys(("highest_ptr", "sum_ptr", "target_ptr", "losses_ptr"), "*fp32"),
-        "statistics_ptr": "*fp32",
-        "rows_ptr": "*i32",
-        "count_ptr": "*i32",
-        "N": "i32",
-        "splits": "i32",
-    }
-    return (*builds, Build(_merge_kernel, signature, {"BLOCK": _MERGE_BLOCK}))
+    return (*builds, build(_merge_kernel, {"BLOCK": _MERGE_BLOCK}, _INTEGERS))
 
 
 SHIPPED = _shipped()

@@ -1,16 +1,24 @@
-"""Launches the CUDA C++ kernels of nearest-token rounding (csrc/cuda/nearest_token.cu).
+"""Nearest-token rounding in CUDA C++ (csrc/cuda/nearest_token.cu): its launches and self-test.
 
 The search multiplies 16-bit copies of both operands on tensor cores; what it finds is decided by
 fp64 distances between the operands themselves, so the ids are the fp64 answer whatever the copies
-lose. Nothing here waits for the device, and every launch can be captured in a CUDA graph.
+lose. A search never waits for the device, and every launch can be captured in a CUDA graph.
+
+The first use on a device is preceded by a self-test, which waits: a device is trusted when the
+kernels gave the reference's ids and margins on it.
 """
 
 from __future__ import annotations
+
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlmone_fast.kernels import native
+from dlmone_fast.kernels.nearest_token import reference
+from dlmone_fast.kernels.nearest_token.vocabulary import Vocabulary
 
 WIDEST = 256
 _OLDEST_CAPABILITY = (8, 0)
@@ -22,8 +30,20 @@ _ALIGNMENT = 16
 _SEARCHED = (torch.float16, torch.bfloat16)
 _TYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+# The self-test: tokens, rows of the table, channels, types of x and of the table. Every search type
+# with and without rounding, one and several splits, widths that are padded and the widest.
+_CASES = (
+    (1, 3, 5, torch.float32, torch.float16),
+    (7, 130, 20, torch.float16, torch.float16),
+    (33, 300, 128, torch.bfloat16, torch.bfloat16),
+    (9, 4000, 64, torch.float32, torch.float32),
+    (5, 90, 256, torch.bfloat16, torch.float32),
+)
+_tested: dict[torch.device, str | None] = {}
+_testing = threading.Lock()
 
-def usable(x: Tensor, embedding: Tensor) -> str | None:
+
+def usable(x: Tensor, embedding: Tensor, *others: Any) -> str | None:
     """None, or why the kernels cannot run on x [..., d] and embedding [V, d] here."""
     if x.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {x.device.type}"
@@ -42,6 +62,11 @@ def usable(x: Tensor, embedding: Tensor) -> str | None:
     return None
 
 
+def proven(x: Tensor, embedding: Tensor, *others: Any) -> str | None:
+    """None, or why the kernels cannot run here or must not: see `self_test`."""
+    return usable(x, embedding) or self_test(x.device)
+
+
 def search_format(x: torch.dtype, embedding: torch.dtype) -> tuple[torch.dtype, float]:
     """The 16-bit type to search in, and how much a copy in it can change an element (relative).
 
@@ -54,7 +79,7 @@ def search_format(x: torch.dtype, embedding: torch.dtype) -> tuple[torch.dtype, 
 
 
 def search_copy(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """matrix [n, d] as `run` searches it: 16 bits, zeros up to a multiple of 16, aligned rows.
+    """matrix [n, d] as `search` reads it: 16 bits, zeros up to a multiple of 16, aligned rows.
 
     The matrix itself where it is all that already.
     """
@@ -73,31 +98,23 @@ def half_norms(embedding: Tensor) -> Tensor:
     return embedding.float().square().sum(-1).mul_(0.5)
 
 
-def run(
-    rows: Tensor,
-    embedding: Tensor,
-    search_rows: Tensor,
-    search_table: Tensor,
-    half_norms: Tensor,
-    operand_roundoff: float,
-    with_margin: bool,
-) -> tuple[Tensor, Tensor | None]:
+def search(rows: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple[Tensor, Tensor | None]:
     """ids = argmin_v |rows - E_v|^2 on the device and current stream of `rows`.
 
     Args:
-        rows: x [n, d] in fp32, fp16 or bf16: what distances are measured from.
-        embedding: E [V, d] in fp32, fp16 or bf16: what they are measured to.
-        search_rows: `search_copy(rows, dtype)`, [n, d rounded up to a multiple of 16].
-        search_table: `search_copy(embedding, dtype)`, of the same type.
-        half_norms: `half_norms(embedding)`, fp32 [V].
-        operand_roundoff: the largest relative change of an element by its copy.
+        rows: x [n, d] in fp32, fp16 or bf16, on the device of the vocabulary.
+        vocabulary: of E [V, d]; its 16-bit copy and half norms are made once.
         with_margin: also measure how much further the second-nearest row is.
 
     Returns:
         int64 [n] ids and, with the margin, fp32 [n]; else None. Ties, non-finite distances and
         margins as `nearest_token_with_margin` says.
     """
-    rows, embedding = _unit_stride(rows), _unit_stride(embedding)
+    dtype, operand_roundoff = search_format(rows.dtype, vocabulary.table.dtype)
+    search_table = vocabulary.prepared(("cuda", dtype), lambda t: search_copy(t, dtype))
+    norms = vocabulary.prepared("cuda half norms", half_norms)
+    search_rows = search_copy(rows, dtype)
+    rows, embedding = _unit_stride(rows), _unit_stride(vocabulary.table)
     device = rows.device
     ids = torch.empty(len(rows), dtype=torch.int64, device=device)
     margin = torch.empty(len(rows), dtype=torch.float32, device=device) if with_margin else None
@@ -122,7 +139,7 @@ def run(
             search_table=search_table.data_ptr(),
             search_table_stride=search_table.stride(0),
             search_type=_TYPE_CODES[search_table.dtype],
-            half_norms=half_norms.data_ptr(),
+            half_norms=norms.data_ptr(),
             operand_roundoff=operand_roundoff,
             ids=ids.data_ptr(),
             margins=margin.data_ptr() if margin is not None else 0,
@@ -134,18 +151,52 @@ def run(
     return ids, margin
 
 
-def search(x: Tensor, embedding: Tensor, with_margin: bool = False) -> tuple[Tensor, Tensor | None]:
-    """`run` for x [n, d] with copies and half norms made on the spot."""
-    dtype, roundoff = search_format(x.dtype, embedding.dtype)
-    return run(
-        x,
-        embedding,
-        search_copy(x, dtype),
-        search_copy(embedding, dtype),
-        half_norms(embedding),
-        roundoff,
-        with_margin,
-    )
+def self_test(device: torch.device) -> str | None:
+    """None, or how the kernels failed on this device when they were tried there first."""
+    with _testing:
+        if device not in _tested:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return (
+                    f"its self-test on {device} has not run and cannot while a CUDA graph is "
+                    "captured; call nearest_token once before the capture"
+                )
+            _tested[device] = _failure(device)
+        return _tested[device]
+
+
+def _failure(device: torch.device) -> str | None:
+    for tokens, rows, width, x_type, table_type in _CASES:
+        x, table = _numbers(tokens, width, 0).to(x_type), _numbers(rows, width, 1).to(table_type)
+        # Equal rows far from each other, one of which is nearest to the first token, and a row
+        # that must never win.
+        table[-1] = table[0]
+        table[1, 0] = torch.nan
+        x[0] = table[0]
+        expected = reference.nearest_token(x, table), reference.margin(x, table).float()
+        try:
+            on_device = x.to(device), Vocabulary(table.to(device), transient=True)
+            ids, margin = search(*on_device, True)
+            found = ids, margin, search(*on_device, False)[0]
+            right = all(
+                isinstance(a, Tensor) and torch.equal(a.cpu(), b)
+                for a, b in zip(found, (*expected, expected[0]), strict=True)
+            )
+        except torch.OutOfMemoryError:
+            # Says nothing of the kernels: the next call tries again.
+            raise
+        except Exception as error:
+            return f"its self-test on {device} failed: {type(error).__name__}: {error}"
+        if not right:
+            return (
+                f"its self-test on {device} failed: ids or margins of {tokens} tokens in {x_type} "
+                f"and a table of {rows} x {width} in {table_type} are not the reference's"
+            )
+    return None
+
+
+def _numbers(rows: int, width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _is_aligned(matrix: Tensor) -> bool:

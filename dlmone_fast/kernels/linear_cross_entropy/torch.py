@@ -24,7 +24,7 @@ _KEPT_LOGITS = 1 << 20
 _LOWEST = torch.finfo(torch.float32).min
 
 
-def run(
+def forward(
     h: Tensor,
     embedding: Tensor,
     bias: Tensor | None,
@@ -50,7 +50,7 @@ def run(
     return losses, F.pad(torch.stack((m, s)), padding), kept
 
 
-def run_backward(
+def backward(
     gradient: Tensor,
     h: Tensor,
     embedding: Tensor,
@@ -193,7 +193,7 @@ def _shaped(storage: Tensor, x: Tensor, words: Tensor) -> Tensor:
     return storage[: len(x) * len(words)].view(len(x), len(words))
 
 
-def run_plain(
+def plain(
     h: Tensor, embedding: Tensor, bias: Tensor | None, targets: Tensor, selected: Tensor | None
 ) -> Tensor:
     rows = rows_of(selected)

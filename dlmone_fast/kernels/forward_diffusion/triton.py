@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.noise import (
+from dlmone_fast.kernels.noise.triton import (
     NARROW,
     NUM_WARPS,
     WIDE,
@@ -22,7 +24,8 @@ from dlmone_fast.kernels.triton.noise import (
     tile_place,
     tiling,
 )
-from dlmone_fast.kernels.triton.support import Build
+from dlmone_fast.kernels.triton import support
+from dlmone_fast.kernels.triton.support import Build, build
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -97,10 +100,12 @@ def forward_diffusion(
     return out
 
 
-def scale_targets(x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """alpha x where mask is True, x elsewhere: [B, L, d] in `dtype`."""
+def scale_targets(
+    x: Tensor, alpha: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """alpha x where mask is True, x elsewhere: [B, L, d] in `dtype` or that of x."""
     rows, length, channels = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     alpha = alpha.contiguous()
     tiles = tiling(channels)
     programs, position_tiles, channel_tiles = tiles.grid(rows, length, channels)
@@ -120,49 +125,20 @@ def _bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
     return unused.view(torch.uint8) if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _forward_build(dtype: str, tiles: Tiling, gather: bool, masked: bool) -> Build:
-    signature = {
-        "x0_ptr": f"*{dtype}", "ids_ptr": "*i64", "alpha_ptr": "*fp32", "sigma_ptr": "*fp32",
-        "mask_ptr": "*u8", "draws_ptr": "*i64", "out_ptr": f"*{dtype}", "stream": "i32",
-        "length": "i32", "channels": "i32", "vocabulary": "i32", "position_tiles": "i32",
-        "channel_tiles": "i32",
-    }  # fmt: skip
-    return Build(
-        _forward_diffusion_kernel,
-        signature,
-        {"GATHER": gather, "MASKED": masked, **tiles.constants()},
-        num_warps=NUM_WARPS,
-        multiples_of_16=("length", "channels"),
-    )
+def _builds(tiles: Tiling, masked: bool) -> Iterator[Build]:
+    tile = {"MASKED": masked, **tiles.constants()}
+    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "multiples_of_16": ("length", "channels")}
+    integers = {"ids_ptr": "*i64", "mask_ptr": "*u8", "draws_ptr": "*i64"}
+    for dtype in ("*fp32", "*fp16", "*bf16"):
+        types = {"x0_ptr": dtype, "x_ptr": dtype, "out_ptr": dtype, **integers}
+        for gather in (False, True):
+            constants = {"GATHER": gather, **tile}
+            yield build(_forward_diffusion_kernel, constants, types, **launch)
+        # The gradient of x_0 has its dtype, that of a table is fp32.
+        for out in dict.fromkeys((dtype, "*fp32")):
+            yield build(_scale_targets_kernel, tile, {**types, "out_ptr": out}, **launch)
 
-
-def _scale_build(dtype: str, out_dtype: str, tiles: Tiling, masked: bool) -> Build:
-    signature = {
-        "x_ptr": f"*{dtype}", "alpha_ptr": "*fp32", "mask_ptr": "*u8", "out_ptr": f"*{out_dtype}",
-        "length": "i32", "channels": "i32", "position_tiles": "i32", "channel_tiles": "i32",
-    }  # fmt: skip
-    return Build(
-        _scale_targets_kernel,
-        signature,
-        {"MASKED": masked, **tiles.constants()},
-        num_warps=NUM_WARPS,
-        multiples_of_16=("length", "channels"),
-    )
-
-
-_DTYPES = ("fp32", "fp16", "bf16")
 
 SHIPPED = tuple(
-    build
-    for tiles in (NARROW, WIDE)
-    for masked in (False, True)
-    for build in (
-        *(
-            _forward_build(dtype, tiles, gather, masked)
-            for dtype in _DTYPES
-            for gather in (False, True)
-        ),
-        *(_scale_build(dtype, dtype, tiles, masked) for dtype in _DTYPES),
-        *(_scale_build(dtype, "fp32", tiles, masked) for dtype in _DTYPES[1:]),
-    )
+    each for tiles in (NARROW, WIDE) for masked in (False, True) for each in _builds(tiles, masked)
 )

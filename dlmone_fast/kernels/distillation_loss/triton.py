@@ -1,4 +1,4 @@
-"""Triton kernels of the distillation loss (`kernels/distillation_loss.py` has the formulas).
+"""The distillation loss on a GPU, in Triton (`op.py` has the formulas).
 
 Up to `_WHOLE` numbers a sample is one program: it sums over the sample's tiles, then reads them
 again, from cache, and writes scaled gradients. A larger one is summed in parts of `_TILES` tiles
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.support import Build
+from dlmone_fast.kernels.triton.support import Build, build
 
 _TILE = 4096
 _WARPS = 16
@@ -53,7 +53,7 @@ def _tile(
 
 @triton.jit
 def _sums(
-    x_ptr, teacher_ptr, score_ptr, mask_ptr, sample, first, last, L, D, kl, rest,
+    x_ptr, teacher_ptr, score_ptr, mask_ptr, sample, first, last, L, D, kl, one_minus_mu,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows first … last of |x - x̂_φ|, of the loss, and the number of targets."""
@@ -71,7 +71,7 @@ def _sums(
             )
             a = teacher - score
             distance += tl.abs(x - teacher)
-            value += tl.where(kl != 0, -a * x, a * (rest * a + (score - x)))
+            value += tl.where(kl != 0, -a * x, a * (one_minus_mu * a + (score - x)))
     return tl.sum(distance), tl.sum(value), tl.sum(number) * D
 
 
@@ -90,7 +90,7 @@ def _finished(distance, value, number, h_ptr, has_h, factor, floor, sample):
 @triton.jit
 def _write_tile(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, of_x_ptr, of_teacher_ptr, of_score_ptr,
-    sample, row, column, L, D, rest, scale, COUNT: tl.constexpr,
+    sample, row, column, L, D, one_minus_mu, scale, COUNT: tl.constexpr,
 ):  # fmt: skip
     target = _targets(mask_ptr, sample, row, L, L)
     offset, used, x, teacher, score = _tile(
@@ -102,7 +102,7 @@ def _write_tile(
     of_x = tl.where(used, -scale * a, 0.0)
     tl.store(of_x_ptr + offset, of_x.to(of_x_ptr.dtype.element_ty), mask=inside)
     if COUNT == 3:
-        of_teacher = tl.where(used, scale * (2 * rest * a + (score - x)), 0.0)
+        of_teacher = tl.where(used, scale * (2 * one_minus_mu * a + (score - x)), 0.0)
         tl.store(of_teacher_ptr + offset, of_teacher.to(of_x_ptr.dtype.element_ty), mask=inside)
         of_score = -(of_x + of_teacher)
         tl.store(of_score_ptr + offset, of_score.to(of_x_ptr.dtype.element_ty), mask=inside)
@@ -112,11 +112,11 @@ def _write_tile(
 def distillation_whole(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, h_ptr, has_h, factor,
     loss_ptr, weight_ptr, scale_ptr, of_x_ptr, of_teacher_ptr, of_score_ptr,
-    L, D, kl, rest, floor, COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    L, D, kl, one_minus_mu, floor, COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     distance, value, number = _sums(
-        x_ptr, teacher_ptr, score_ptr, mask_ptr, sample, 0, L, L, D, kl, rest, ROWS, WIDTH
+        x_ptr, teacher_ptr, score_ptr, mask_ptr, sample, 0, L, L, D, kl, one_minus_mu, ROWS, WIDTH
     )
     loss, weight, scale = _finished(distance, value, number, h_ptr, has_h, factor, floor, sample)
     tl.store(loss_ptr + sample, loss)
@@ -131,21 +131,33 @@ def distillation_whole(
                     x_ptr, teacher_ptr, score_ptr, mask_ptr,
                     of_x_ptr, of_teacher_ptr, of_score_ptr, sample,
                     last - start + tl.arange(0, ROWS), left + tl.arange(0, WIDTH),
-                    L, D, rest, scale, COUNT,
+                    L, D, one_minus_mu, scale, COUNT,
                 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["kl"])
 def distillation_part(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, sums_ptr, numbers_ptr,
-    L, D, parts, rows_per_part, kl, rest, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    L, D, parts, rows_per_part, kl, one_minus_mu, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // parts
     first = (pid % parts).to(tl.int32) * rows_per_part
     last = tl.minimum(first + rows_per_part, L)
     distance, value, number = _sums(
-        x_ptr, teacher_ptr, score_ptr, mask_ptr, sample, first, last, L, D, kl, rest, ROWS, WIDTH
+        x_ptr,
+        teacher_ptr,
+        score_ptr,
+        mask_ptr,
+        sample,
+        first,
+        last,
+        L,
+        D,
+        kl,
+        one_minus_mu,
+        ROWS,
+        WIDTH,
     )
     tl.store(sums_ptr + 2 * pid, distance)
     tl.store(sums_ptr + 2 * pid + 1, value)
@@ -178,7 +190,7 @@ def distillation_total(
 @triton.jit(do_not_specialize=["upstream_stride", "skip_ones", "has_upstream"])
 def distillation_gradients(
     x_ptr, teacher_ptr, score_ptr, mask_ptr, scale_ptr, upstream_ptr, upstream_stride,
-    of_x_ptr, of_teacher_ptr, of_score_ptr, L, D, row_tiles, column_tiles, rest, skip_ones,
+    of_x_ptr, of_teacher_ptr, of_score_ptr, L, D, row_tiles, column_tiles, one_minus_mu, skip_ones,
     has_upstream, COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -191,7 +203,7 @@ def distillation_gradients(
             x_ptr, teacher_ptr, score_ptr, mask_ptr, of_x_ptr, of_teacher_ptr, of_score_ptr,
             sample, tile // column_tiles * ROWS + tl.arange(0, ROWS),
             tile % column_tiles * WIDTH + tl.arange(0, WIDTH),
-            L, D, rest, factor * tl.load(scale_ptr + sample), COUNT,
+            L, D, one_minus_mu, factor * tl.load(scale_ptr + sample), COUNT,
         )  # fmt: skip
 
 
@@ -209,7 +221,7 @@ def forward(
     multiplier: Tensor | None,
     factor: float,
     kl: bool,
-    rest: float,
+    mu: float,
     floor: float,
     count: int,
 ) -> list[Tensor]:
@@ -225,11 +237,11 @@ def forward(
         if x[0].numel() <= _WHOLE:
             distillation_whole[(len(x),)](
                 *inputs, h[0], int(h[1]), h[2], *results, *_pointers(made, x),
-                x.shape[1], x.shape[2], int(kl), rest, floor, COUNT=count, **_tile_of(x),
+                x.shape[1], x.shape[2], int(kl), 1 - mu, floor, COUNT=count, **_tile_of(x),
             )  # fmt: skip
         else:
-            _in_parts(inputs, h, results, kl, rest, floor)
-            _write(inputs, scale, None, rest, count, made, skip_ones=False)
+            _in_parts(inputs, h, results, kl, mu, floor)
+            _write(inputs, scale, None, mu, count, made, skip_ones=False)
     return [*results, *made]
 
 
@@ -240,7 +252,7 @@ def gradients(
     mask: Tensor,
     scale: Tensor,
     upstream: Tensor,
-    rest: float,
+    mu: float,
     count: int,
     into: list[Tensor] | None = None,
 ) -> list[Tensor]:
@@ -248,7 +260,7 @@ def gradients(
     made = _new(x, count) if into is None else into
     inputs = _readable(x, x0_teacher, x0_score, mask)
     with support.on_device(x):
-        _write(inputs, scale, upstream, rest, count, made, skip_ones=into is not None)
+        _write(inputs, scale, upstream, mu, count, made, skip_ones=into is not None)
     return made
 
 
@@ -257,7 +269,7 @@ def _in_parts(
     h: tuple[Tensor, bool, float],
     results: tuple[Tensor, ...],
     kl: bool,
-    rest: float,
+    mu: float,
     floor: float,
 ) -> None:
     x, tile = inputs[0], _tile_of(inputs[0])
@@ -267,7 +279,7 @@ def _in_parts(
     sums = x.new_empty(len(x), parts, 2, dtype=torch.float32)
     numbers = x.new_empty(len(x), parts, dtype=torch.int32)
     distillation_part[(len(x) * parts,)](
-        *inputs, sums, numbers, x.shape[1], x.shape[2], parts, rows_per_part, int(kl), rest,
+        *inputs, sums, numbers, x.shape[1], x.shape[2], parts, rows_per_part, int(kl), 1 - mu,
         **tile,
     )  # fmt: skip
     distillation_total[(len(x),)](
@@ -280,7 +292,7 @@ def _write(
     inputs: tuple[Tensor, ...],
     scale: Tensor,
     upstream: Tensor | None,
-    rest: float,
+    mu: float,
     count: int,
     made: list[Tensor],
     skip_ones: bool,
@@ -295,7 +307,7 @@ def _write(
     upstream = scale if upstream is None else upstream
     distillation_gradients[(programs,)](
         *inputs, scale, upstream, upstream.stride(0), *_pointers(made, x), x.shape[1], x.shape[2],
-        row_tiles, column_tiles, rest, int(skip_ones), int(has_upstream), COUNT=count, **tile,
+        row_tiles, column_tiles, 1 - mu, int(skip_ones), int(has_upstream), COUNT=count, **tile,
     )  # fmt: skip
 
 
@@ -319,24 +331,13 @@ def _pointers(made: list[Tensor], x: Tensor) -> list[Tensor]:
     return [*made, *(x for _ in range(3 - len(made)))]
 
 
-_INPUTS = ("x_ptr", "teacher_ptr", "score_ptr")
-_OUTPUTS = ("of_x_ptr", "of_teacher_ptr", "of_score_ptr")
-_FP32 = dict.fromkeys(
-    ("h_ptr", "loss_ptr", "weight_ptr", "scale_ptr", "upstream_ptr", "sums_ptr"), "*fp32"
-)
-_SCALARS = {
-    **dict.fromkeys(("has_h", "L", "D", "kl", "parts", "rows_per_part"), "i32"),
-    **dict.fromkeys(("row_tiles", "column_tiles", "skip_ones", "has_upstream"), "i32"),
-    **dict.fromkeys(("upstream_stride",), "i32"),
-    **dict.fromkeys(("factor", "rest", "floor"), "fp32"),
-    "numbers_ptr": "*i32",
-}
+_ELEMENTS = ("x_ptr", "teacher_ptr", "score_ptr", "of_x_ptr", "of_teacher_ptr", "of_score_ptr")
+_OTHERS = {**dict.fromkeys(("factor", "one_minus_mu", "floor"), "fp32"), "numbers_ptr": "*i32"}
 
 
 def _build(kernel: Any, kind: str, mask: str, warps: int, constants: Mapping[str, int]) -> Build:
-    types = {**dict.fromkeys((*_INPUTS, *_OUTPUTS), kind), "mask_ptr": mask, **_FP32, **_SCALARS}
-    signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    return Build(kernel, signature, constants, num_warps=warps, multiples_of_16=("L", "D"))
+    types = {**dict.fromkeys(_ELEMENTS, kind), "mask_ptr": mask, **_OTHERS}
+    return build(kernel, constants, types, num_warps=warps, multiples_of_16=("L", "D"))
 
 
 def _shipped() -> tuple[Build, ...]:

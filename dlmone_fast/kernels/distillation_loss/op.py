@@ -17,6 +17,8 @@ The kl form is distribution matching: its gradient is the difference of the two 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,11 +27,11 @@ from torch import Tensor
 from dlmone_fast.checks import as_real
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch
+from dlmone_fast.kernels.distillation_loss import torch as plain
 from dlmone_fast.kernels.triton import support
 
 FORWARD = "distillation_loss"
 GRADIENTS = "distillation_loss_gradients"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FORMS = ("sid", "kl")
 
 
@@ -87,16 +89,15 @@ def distillation_loss(
     wanted = dispatch.requested(FORWARD, kernel_backend)
     kl = form == "kl"
     count = _gradients_needed(x, x0_teacher, x0_score, kl)
-    constants = (h, factor, kl, 1.0 - mu, float(weight_floor))
+    constants = (h, factor, kl, float(mu), float(weight_floor))
+    arguments = (x, x0_teacher, x0_score, mask, *constants, count, wanted)
     if count:
         early = _in_the_forward_pass(x, wanted)
-        result: tuple[Tensor, Tensor] = _DistillationLoss.apply(
-            x, x0_teacher, x0_score, mask, constants, count, early, wanted
-        )
+        result: tuple[Tensor, Tensor] = _DistillationLoss.apply(early, *arguments)
         return result
     # The kl form has no gradient to the predictions, whatever they ask for.
     with torch.no_grad():
-        loss, weight, *_ = _forward(x, x0_teacher, x0_score, mask, *constants, 0, wanted)
+        loss, weight, *_ = _forward(*arguments)
     return loss, weight
 
 
@@ -111,50 +112,55 @@ def weight_floor(fraction: float, embedding: Tensor) -> float:
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        x0_teacher: Tensor,
-        x0_score: Tensor,
-        mask: Tensor,
-        constants: tuple[Tensor | None, float, bool, float, float],
-        count: int,
-        early: bool,
-        wanted: str,
-    ) -> tuple[Tensor, Tensor]:
-        loss, weight, scale, *gradients = _forward(
-            x, x0_teacher, x0_score, mask, *constants, count if early else 0, wanted
-        )
+    def forward(ctx: Any, early: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Takes the arguments of `_forward`, and whether it makes the gradients already."""
+        x, x0_teacher, x0_score, mask, *constants, count, wanted = arguments
+        given = [*arguments[:-2], count if early else 0, wanted]
+        loss, weight, scale, *gradients = _forward(*given)
         ctx.save_for_backward(x, x0_teacher, x0_score, mask, scale)
-        # Handed out once, by the first backward pass: what a caller has is never written again.
+        # Handed out once, by the first backward pass: a gradient that a caller has is never
+        # written again.
         ctx.unclaimed = [gradients] if early else None
-        ctx.rest, ctx.count, ctx.wanted = constants[3], count, wanted
+        ctx.mu, ctx.count, ctx.wanted = constants[3], count, wanted
         ctx.mark_non_differentiable(weight)
         ctx.set_materialize_grads(False)
         return loss, weight
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UsageError(
-                "distillation_loss: its gradients cannot be differentiated again; "
-                "call backward or autograd.grad without create_graph=True"
-            )
+        dispatch.refuse_second_derivative(FORWARD)
         if upstream is None:
-            return (None,) * 8
-        arguments = (*ctx.saved_tensors, upstream, ctx.rest, ctx.count)
+            return (None,) * 12
+        arguments = (*ctx.saved_tensors, upstream, ctx.mu, ctx.count)
         if ctx.unclaimed:
             gradients = ctx.unclaimed.pop()
             # Triton's: overwrites those of samples whose factor is not 1; the device decides.
             backend = dispatch.select(GRADIENTS, upstream, kernel_backend=ctx.wanted)
             backend.run(*arguments, gradients[: ctx.count])
         else:
-            gradients = _gradients(*arguments, ctx.wanted)
-        given = [*gradients[: ctx.count], None, None][:3]
-        return (*given, None, None, None, None, None)
+            given = [*arguments, ctx.wanted]
+            gradients = _gradients(*given)
+        of_inputs = [*gradients[: ctx.count], None, None][:3]
+        return (None, *of_inputs, *(None,) * 8)
 
 
-@torch.library.custom_op("dlmone_fast::distillation_loss_forward", mutates_args=())
+def _padded(gradients: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # An operation returns a fixed number of tensors, none of them twice.
+    first, second, third = (*gradients, *(x.new_empty(0) for _ in range(3 - len(gradients))))
+    return first, second, third
+
+
+def _empty(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    new = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(count)]
+    return _padded(new, x)
+
+
+def _run_forward(backend: dispatch.Backend, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    loss, weight, scale, *gradients = backend.run(x, *others[:-1])
+    return loss, weight, scale, *_padded(gradients, x)
+
+
+@dispatch.operation(FORWARD, name="distillation_loss_forward", around=_run_forward)
 def _forward(
     x: Tensor,
     x0_teacher: Tensor,
@@ -163,29 +169,21 @@ def _forward(
     multiplier: Tensor | None,
     factor: float,
     kl: bool,
-    rest: float,
+    mu: float,
     floor: float,
     count: int,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, w and s, fp32 [B], and the first `count` (0, 1, 3) gradients of the summed loss."""
-    backend = dispatch.select(FORWARD, x, kernel_backend=wanted)
-    loss, weight, scale, *gradients = backend.run(
-        x, x0_teacher, x0_score, mask, multiplier, factor, kl, rest, floor, count
-    )
-    first, second, third = _padded(gradients, x)
-    return loss, weight, scale, first, second, third
-
-
-@_forward.register_fake
-def _(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, weight, scale = (x.new_empty(len(x), dtype=torch.float32) for _ in range(3))
-    count = given[-2]
-    first, second, third = _padded([_new_like(x) for _ in range(count)], x)
-    return loss, weight, scale, first, second, third
+    return loss, weight, scale, *_empty(x, count)
 
 
-@torch.library.custom_op("dlmone_fast::distillation_loss_gradients", mutates_args=())
+def _run_gradients(backend: dispatch.Backend, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _padded(backend.run(x, *others[:-1]), x)
+
+
+@dispatch.operation(GRADIENTS, around=_run_gradients)
 def _gradients(
     x: Tensor,
     x0_teacher: Tensor,
@@ -193,31 +191,12 @@ def _gradients(
     mask: Tensor,
     scale: Tensor,
     upstream: Tensor,
-    rest: float,
+    mu: float,
     count: int,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first `count` gradients times `upstream` [B], from the inputs and s [B]."""
-    backend = dispatch.select(GRADIENTS, x, kernel_backend=wanted)
-    made = backend.run(x, x0_teacher, x0_score, mask, scale, upstream, rest, count)
-    first, second, third = _padded(made, x)
-    return first, second, third
-
-
-@_gradients.register_fake
-def _(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    count = given[-2]
-    first, second, third = _padded([_new_like(x) for _ in range(count)], x)
-    return first, second, third
-
-
-def _new_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _padded(gradients: list[Tensor], x: Tensor) -> list[Tensor]:
-    # An operator returns a fixed number of tensors, none of them twice.
-    return [*gradients, *(x.new_empty(0) for _ in range(3 - len(gradients)))]
+    return _empty(x, count)
 
 
 def _gradients_needed(x: Tensor, x0_teacher: Tensor, x0_score: Tensor, kl: bool) -> int:
@@ -247,11 +226,7 @@ def _check(tensors: dict[str, Tensor], mask: Tensor) -> None:
                 f"distillation_loss: {name} must have the shape of x, {tuple(x.shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise UsageError(
-                f"distillation_loss: {name} must be float32, float16 or bfloat16, "
-                f"got {tensor.dtype}; convert it with .float()"
-            )
+        dispatch.check_dtype(FORWARD, name, tensor)
         if tensor.dtype != x.dtype:
             raise UsageError(
                 f"distillation_loss: {name} is {tensor.dtype} and x is {x.dtype}; convert all "
@@ -301,87 +276,15 @@ def _multiplier(multiplier: Tensor | float | None, x: Tensor) -> tuple[Tensor | 
     return multiplier.detach().float(), 1.0
 
 
-def _triton(*arguments: Any) -> Any:
-    from dlmone_fast.kernels.triton import distillation_loss as kernels
+def _kernels() -> ModuleType:
+    from dlmone_fast.kernels.distillation_loss import triton
 
-    return kernels.forward(*arguments)
-
-
-def _triton_gradients(*arguments: Any) -> Any:
-    from dlmone_fast.kernels.triton import distillation_loss as kernels
-
-    return kernels.gradients(*arguments)
-
-
-def _torch(
-    x: Tensor,
-    x0_teacher: Tensor,
-    x0_score: Tensor,
-    mask: Tensor,
-    multiplier: Tensor | None,
-    factor: float,
-    kl: bool,
-    rest: float,
-    floor: float,
-    count: int,
-) -> list[Tensor]:
-    target = mask != 0
-    distance = (x.float() - x0_teacher).abs_().sum(-1)
-    a = x0_teacher.float() - x0_score
-    if kl:
-        value = a.mul_(x).sum(-1).neg_()
-    else:
-        r = x0_score.float() - x
-        value = r.add_(a, alpha=rest).mul_(a).sum(-1)
-    # Sums by position first: a choice between [B, L] numbers keeps source positions out.
-    distance, value = (torch.where(target, part, 0).sum(1) for part in (distance, value))
-    n = target.sum(1) * x.shape[2]
-    weight = (distance / n.clamp(min=1)).clamp_(min=floor)
-    scale = factor / (weight * n.clamp(min=1))
-    scale = torch.where(n > 0, scale if multiplier is None else scale * multiplier, 0)
-    made = _torch_gradients(x, x0_teacher, x0_score, mask, scale, None, rest, count)
-    return [value * scale, weight, scale, *made]
-
-
-def _torch_gradients(
-    x: Tensor,
-    x0_teacher: Tensor,
-    x0_score: Tensor,
-    mask: Tensor,
-    scale: Tensor,
-    upstream: Tensor | None,
-    rest: float,
-    count: int,
-) -> list[Tensor]:
-    if not count:
-        return []
-    target = (mask != 0).unsqueeze(-1)
-    s = (scale if upstream is None else scale * upstream).view(-1, 1, 1)
-    # By position, since 0 times a scale that is not finite is not 0.
-    s = torch.where(target, s, 0)
-    a = _only(target, x0_teacher.float() - x0_score)
-    if count == 1:
-        return [a.mul_(s).neg_().to(x.dtype).contiguous()]
-    of_teacher = _only(target, x0_score.float() - x).add_(a, alpha=2 * rest).mul_(s)
-    of_x = a.mul_(s).neg()
-    made = [of_x, of_teacher, a.sub_(of_teacher)]
-    return [part.to(x.dtype).contiguous() for part in made]
-
-
-def _only(target: Tensor, values: Tensor) -> Tensor:
-    """fp32 values [B, L, d], overwritten with 0 where target [B, L, 1] is false."""
-    # On the bits, as 0 times NaN is NaN; masked_fill_ takes several times longer on CPUs.
-    values.view(torch.int32).bitwise_and_(-target.int())
-    return values
+    return triton
 
 
 dispatch.register(
-    FORWARD,
-    dispatch.Backend("triton", support.usable, _triton, support.automatic),
-    dispatch.Backend("torch", lambda *tensors: None, _torch),
+    FORWARD, support.backend(lambda: _kernels().forward), dispatch.in_torch(plain.forward)
 )
 dispatch.register(
-    GRADIENTS,
-    dispatch.Backend("triton", support.usable, _triton_gradients, support.automatic),
-    dispatch.Backend("torch", lambda *tensors: None, _torch_gradients),
+    GRADIENTS, support.backend(lambda: _kernels().gradients), dispatch.in_torch(plain.gradients)
 )

@@ -13,8 +13,8 @@ and s = sum_v exp(z_v - m): m + log s alone would round away what p needs when l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch
-from dlmone_fast.kernels import linear_cross_entropy_torch as tiles
+from dlmone_fast.kernels.linear_cross_entropy import torch as tiles
 from dlmone_fast.kernels.triton import support
 
 _OP = "linear_cross_entropy"
 _OP_BACKWARD = "linear_cross_entropy_backward"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def linear_cross_entropy(
@@ -70,13 +69,13 @@ def linear_cross_entropy(
     dtype = torch.promote_types(h.dtype, embedding.dtype)
     operands = (h.reshape(-1, h.shape[-1]).to(dtype), embedding.to(dtype), bias)
     selected = None if mask is None else (mask != 0).reshape(-1)
-    where = (targets.reshape(-1), selected, wanted)
+    where = (targets.reshape(-1), selected)
     if _is_small(operands[0], embedding, wanted):
-        return tiles.run_plain(*operands, *where[:2]).view(targets.shape)
+        return tiles.plain(*operands, *where).view(targets.shape)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        losses: Tensor = _LinearCrossEntropy.apply(*operands, *where)
+        losses: Tensor = _LinearCrossEntropy.apply(*operands, *where, wanted)
     else:
-        losses = _op(_forward, _run_forward)(*operands, *where, False)[0]
+        losses, _, _ = _forward(*operands, *where, False, wanted)
     return losses.view(targets.shape)
 
 
@@ -90,11 +89,6 @@ def _is_small(h: Tensor, embedding: Tensor, wanted: str) -> bool:
     return torch_runs and len(h) * len(embedding) <= tiles.PLAIN_LOGITS
 
 
-def _op(custom: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    # A compiler needs the custom op; in eager mode its bookkeeping takes longer than a small loss.
-    return custom if torch.compiler.is_compiling() else plain
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -103,69 +97,72 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        h: Tensor,
-        embedding: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        selected: Tensor | None,
-        wanted: str,
-    ) -> Tensor:
-        run = _op(_forward, _run_forward)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Takes the arguments of `_forward` but `keep`."""
+        *tensors, wanted = arguments
         # How many numbers to keep depends on the mask, which a compiler does not know.
         keep = not torch.compiler.is_compiling()
-        losses, statistics, kept = run(h, embedding, bias, targets, selected, wanted, keep)
-        ctx.save_for_backward(h, embedding, bias, targets, selected, statistics, kept)
+        given = [*tensors, keep, wanted]
+        losses, statistics, kept = _forward(*given)
+        ctx.save_for_backward(*tensors, statistics, kept)
         ctx.wanted = wanted
         return losses
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UsageError(
-                "linear_cross_entropy: its gradients cannot be differentiated again; "
-                "call backward or autograd.grad without create_graph=True"
-            )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dispatch.refuse_second_derivative(_OP)
         wants = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-        run = _op(_backward, _run_backward)
-        found = run(gradient, *ctx.saved_tensors, ctx.wanted, *wants)
-        gradients = [g if wanted else None for g, wanted in zip(found, wants, strict=True)]
+        given = [gradient, *ctx.saved_tensors, *wants, ctx.wanted]
+        made = _backward(*given)
+        gradients = [g if wanted else None for g, wanted in zip(made, wants, strict=True)]
         return (*gradients, None, None, None)
 
 
 def _run_forward(
+    backend: dispatch.Backend, h: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _without_autocast(h.device):
+        losses, statistics, kept = backend.run(h, *others[:-1])
+    return losses, statistics, kept
+
+
+@dispatch.operation(_OP, name="linear_cross_entropy_forward", around=_run_forward)
+def _forward(
     h: Tensor,
     embedding: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     selected: Tensor | None,
-    wanted: str,
     keep: bool,
+    wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [N], (m, s) [2, N], and what the backend keeps for the backward pass."""
-    backend = dispatch.select(_OP, h, kernel_backend=wanted)
-    with _without_autocast(h.device):
-        losses, statistics, kept = backend.run(h, embedding, bias, targets, selected, keep)
-    return losses, statistics, kept
-
-
-_forward = torch.library.custom_op(
-    "dlmone_fast::linear_cross_entropy_forward", _run_forward, mutates_args=()
-)
-
-
-@_forward.register_fake
-def _(h, embedding, bias, targets, selected, wanted, keep):  # type: ignore[no-untyped-def]
-    backend = dispatch.select(_OP, h, kernel_backend=wanted)
     losses = h.new_empty(len(h), dtype=torch.float32)
     statistics = h.new_empty(2, len(h), dtype=torch.float32)
-    if backend.name == "triton":
+    if dispatch.select(_OP, h, kernel_backend=wanted).name == "triton":
         return losses, statistics, h.new_empty(len(h) + 1, dtype=torch.int32)
     return losses, statistics, h.new_empty(0, dtype=torch.float32)
 
 
 def _run_backward(
+    backend: dispatch.Backend,
+    gradient: Tensor,
+    h: Tensor,
+    embedding: Tensor,
+    bias: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _without_autocast(h.device):
+        made = backend.run(gradient, h, embedding, bias, *others[:-1])
+    like = (h, embedding, h if bias is None else bias)
+    dh, de, db = (
+        t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(made, like, strict=True)
+    )
+    return dh, de, db
+
+
+@dispatch.operation(_OP_BACKWARD, around=_run_backward)
+def _backward(
     gradient: Tensor,
     h: Tensor,
     embedding: Tensor,
@@ -174,36 +171,18 @@ def _run_backward(
     selected: Tensor | None,
     statistics: Tensor,
     kept: Tensor,
-    wanted: str,
     want_h: bool,
     want_embedding: bool,
     want_bias: bool,
+    wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, embedding and bias; an empty tensor for each that is not wanted."""
-    backend = dispatch.select(_OP_BACKWARD, h, kernel_backend=wanted)
-    saved = (h, embedding, bias, targets, selected, statistics, kept)
-    with _without_autocast(h.device):
-        found = backend.run(gradient, *saved, want_h, want_embedding, want_bias)
-    like = (h, embedding, h if bias is None else bias)
-    dh, de, db = (
-        t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)
+    of_bias = h if bias is None else bias
+    return (
+        h.new_empty(h.shape if want_h else 0),
+        embedding.new_empty(embedding.shape if want_embedding else 0),
+        of_bias.new_empty(len(embedding) if want_bias else 0),
     )
-    return dh, de, db
-
-
-_backward = torch.library.custom_op(
-    "dlmone_fast::linear_cross_entropy_backward", _run_backward, mutates_args=()
-)
-
-
-@_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    gradient, h, embedding, bias, targets, selected, statistics, kept, wanted, *wants
-):
-    like = (h, embedding, h if bias is None else bias)
-    shapes = (h.shape, embedding.shape, (len(embedding),))
-    each = zip(like, shapes, wants, strict=True)
-    return tuple(t.new_empty(shape if want else (0,)) for t, shape, want in each)
 
 
 def _check(
@@ -232,11 +211,8 @@ def _check(
                 f"{tuple(h.shape)} and embedding ({v}, {d}), got {tuple(tensor.shape)}"
             )
     for name, tensor in (("h", h), ("embedding", embedding), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            raise UsageError(
-                f"linear_cross_entropy: {name} must be float32, float16 or bfloat16, "
-                f"got {tensor.dtype}; convert it with .float()"
-            )
+        if tensor is not None:
+            dispatch.check_dtype(_OP, name, tensor)
     if targets.dtype != torch.int64:
         raise UsageError(
             f"linear_cross_entropy: targets must be int64, got {targets.dtype}; "
@@ -251,28 +227,15 @@ def _check(
             )
 
 
-def _triton(*arguments: Any) -> Any:
-    from dlmone_fast.kernels.triton import linear_cross_entropy as kernels
+def _kernels() -> ModuleType:
+    from dlmone_fast.kernels.linear_cross_entropy import triton
 
-    _, embedding, _, targets, selected, _ = arguments
-    if targets.device.type == "cpu":
-        tiles.check_targets(tiles.take(targets, tiles.rows_of(selected)), len(embedding))
-    return kernels.forward(*arguments)
-
-
-def _triton_backward(*arguments: Any) -> Any:
-    from dlmone_fast.kernels.triton import linear_cross_entropy as kernels
-
-    return kernels.backward(*arguments)
+    return triton
 
 
 dispatch.register(
-    _OP,
-    dispatch.Backend("triton", support.usable, _triton, support.automatic),
-    dispatch.Backend("torch", lambda *tensors: None, tiles.run),
+    _OP, support.backend(lambda: _kernels().forward), dispatch.in_torch(tiles.forward)
 )
 dispatch.register(
-    _OP_BACKWARD,
-    dispatch.Backend("triton", support.usable, _triton_backward, support.automatic),
-    dispatch.Backend("torch", lambda *tensors: None, tiles.run_backward),
+    _OP_BACKWARD, support.backend(lambda: _kernels().backward), dispatch.in_torch(tiles.backward)
 )

@@ -30,16 +30,19 @@ of both. Each backend gives a row the same bits in any batch.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import UsageError
-from dlmone_fast.kernels import dispatch, native, philox
-from dlmone_fast.kernels.draws import (
+from dlmone_fast.kernels import dispatch, native
+from dlmone_fast.kernels.noise import native as cpp
+from dlmone_fast.kernels.noise import torch as philox
+from dlmone_fast.kernels.noise.draws import (
     LIMIT,
     PerRow,
-    Stream,
     check_draws,
     device_of,
     draws_of,
@@ -48,22 +51,6 @@ from dlmone_fast.kernels.draws import (
     word,
 )
 from dlmone_fast.kernels.triton import support
-
-NORMAL_NS = 4.3
-"""What a normal number takes in C++ on one thread: measured on AVX-512 at 2.5 GHz."""
-
-__all__ = [
-    "PerRow",
-    "Stream",
-    "draws_of",
-    "normal",
-    "normal_of_draws",
-    "permutation",
-    "philox_4x32",
-    "random_bits",
-    "uniform_integers",
-    "words_of_draws",
-]
 
 
 def philox_4x32(key: tuple[Tensor | int, Tensor | int], counter: Tensor) -> Tensor:
@@ -138,10 +125,19 @@ def normal_of_draws(
     """
     check_draws("normal", draws)
     purpose = stream_word("normal", stream)
-    _blocks_of(positions, channels)
+    if positions < 0 or channels < 1:
+        raise UsageError(
+            "normal: expected positions >= 0 and channels >= 1, "
+            f"got positions={positions}, channels={channels}"
+        )
+    blocks = -(-channels // 4)
+    if positions * blocks > LIMIT:
+        raise UsageError(
+            f"normal: positions * ceil(channels / 4) must not exceed 2^32 (one counter word), "
+            f"got {positions} * {blocks}"
+        )
     wanted = dispatch.requested("noise", kernel_backend)
-    run = _normal if torch.compiler.is_compiling() else _run_normal
-    return run(draws, purpose, positions, channels, wanted)
+    return _normal(draws, purpose, positions, channels, wanted)
 
 
 def words_of_draws(
@@ -213,89 +209,31 @@ def _block(
     return torch.broadcast_tensors(*words)
 
 
-def _run_normal(draws: Tensor, stream: int, positions: int, channels: int, wanted: str) -> Tensor:
-    # Called directly outside of torch.compile: the dispatcher costs a draw a tenth of its time.
-    backend = dispatch.select("noise", draws, kernel_backend=wanted)
-    noise: Tensor = backend.run(draws, stream, positions, channels)
-    return noise
-
-
-_normal = torch.library.custom_op("dlmone_fast::normal", _run_normal, mutates_args=())
-
-
-@_normal.register_fake
-def _(draws: Tensor, stream: int, positions: int, channels: int, wanted: str) -> Tensor:
+@dispatch.operation("noise", name="normal")
+def _normal(draws: Tensor, stream: int, positions: int, channels: int, wanted: str) -> Tensor:
     return draws.new_empty(len(draws), positions, channels, dtype=torch.float32)
 
 
-@torch.library.custom_op("dlmone_fast::philox_words", mutates_args=())
+@dispatch.operation("noise_bits", name="philox_words")
 def _words(draws: Tensor, stream: int, first: int, count: int, wanted: str) -> Tensor:
-    backend = dispatch.select("noise_bits", draws, kernel_backend=wanted)
-    words: Tensor = backend.run(draws, stream, first, count)
-    return words
-
-
-@_words.register_fake
-def _(draws: Tensor, stream: int, first: int, count: int, wanted: str) -> Tensor:
     return draws.new_empty(len(draws), count, 4)
 
 
-def _triton(draws: Tensor, stream: int, positions: int, channels: int) -> Tensor:
-    from dlmone_fast.kernels.triton import noise
+def _kernels() -> ModuleType:
+    from dlmone_fast.kernels.noise import triton
 
-    return noise.normal(draws, stream, positions, channels)
-
-
-def _triton_words(draws: Tensor, stream: int, first: int, count: int) -> Tensor:
-    from dlmone_fast.kernels.triton import noise
-
-    return noise.words(draws, stream, first, count)
-
-
-def _cpp_usable(draws: Tensor, *others: Tensor) -> str | None:
-    return native.why_not_on(draws)
-
-
-def _cpp(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:
-    draws = draws.contiguous()
-    out = draws.new_empty(len(draws), positions, channels, dtype=torch.float32)
-    threads = native.threads_for(out.numel() * NORMAL_NS)
-    native.module().normal(draws, stream, out, threads, path)
-    return out
-
-
-def _cpp_words(draws: Tensor, stream: int, first: int, count: int, path: str = "") -> Tensor:
-    draws = draws.contiguous()
-    out = draws.new_empty(len(draws), count, 4)
-    threads = native.threads_for(out.numel() * NORMAL_NS)
-    native.module().philox_words(draws, stream, first, out, threads, path)
-    return out
-
-
-def _blocks_of(positions: int, channels: int) -> int:
-    if positions < 0 or channels < 1:
-        raise UsageError(
-            "normal: expected positions >= 0 and channels >= 1, "
-            f"got positions={positions}, channels={channels}"
-        )
-    blocks = -(-channels // 4)
-    if positions * blocks > LIMIT:
-        raise UsageError(
-            f"normal: positions * ceil(channels / 4) must not exceed 2^32 (one counter word), "
-            f"got {positions} * {blocks}"
-        )
-    return blocks
+    return triton
 
 
 dispatch.register(
     "noise",
-    dispatch.Backend("triton", support.usable, _triton, support.automatic),
-    dispatch.Backend("cpp", _cpp_usable, _cpp),
-    dispatch.Backend("torch", lambda *tensors: None, philox.normals),
+    support.backend(lambda: _kernels().normal),
+    dispatch.Backend("cpp", native.why_not_on, cpp.normal, device="cpu"),
+    dispatch.in_torch(philox.normals),
 )
 dispatch.register(
     "noise_bits",
-    dispatch.Backend("triton", support.usable, _triton_words, support.automatic),
-    dispatch.Backend("cpp", _cpp_usable, _cpp_words),
-    dispatch.Backend("torch", lambda *tensors: None, philox.words),
+    support.backend(lambda: _kernels().words),
+    dispatch.Backend("cpp", native.why_not_on, cpp.words, device="cpu"),
+    dispatch.in_torch(philox.words),
 )

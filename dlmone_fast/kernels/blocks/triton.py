@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels/blocks.py`: a LayerNorm row stays in one program's registers."""
+"""The fused blocks on a GPU, in Triton: a LayerNorm row stays in one program's registers."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlmone_fast.kernels.triton import support
-from dlmone_fast.kernels.triton.support import Build
+from dlmone_fast.kernels.triton.support import Build, build
 
 _NARROWEST = 32
 _WIDEST = 4096
@@ -166,8 +166,17 @@ def input_layer_norm(
     return out
 
 
-def bias_activation(x: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """GELU or tanh of x + bias."""
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x + bias)."""
+    return _bias_activation(x, bias, gelu=True)
+
+
+def bias_tanh(x: Tensor, bias: Tensor) -> Tensor:
+    """tanh(x + bias)."""
+    return _bias_activation(x, bias, gelu=False)
+
+
+def _bias_activation(x: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     out, rows = _new(x), _rows(x)
     if x.numel():
         tile = activation_tile(x.shape[-1])
@@ -191,23 +200,20 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-_POINTERS = ("x_ptr", "residual_ptr", "time_ptr", "out_ptr", "sum_ptr")
+_ELEMENTS = ("x_ptr", "residual_ptr", "time_ptr", "out_ptr", "sum_ptr")
 _PARAMETERS = ("weight_ptr", "bias_ptr", "position_ptr")
 _WHOLE_NUMBERS = ("x_stride", "residual_stride", "position_stride", "time_stride", "H")
-_OTHERS = {**dict.fromkeys(("rows", "L", "want_sum", "column_tiles"), "i32"), "eps": "fp32"}
 
 
 def _build(kernel: Any, kind: str, parameters: str, tile: dict[str, int], **more: bool) -> Build:
     types = {
-        **dict.fromkeys(_POINTERS, kind),
+        **dict.fromkeys(_ELEMENTS, kind),
         **dict.fromkeys(_PARAMETERS, parameters),
-        **dict.fromkeys(_WHOLE_NUMBERS, "i32"),
-        **_OTHERS,
+        "eps": "fp32",
     }
     constants = {**{name: n for name, n in tile.items() if name != "num_warps"}, **more}
-    signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    aligned = tuple(name for name in _WHOLE_NUMBERS if name in signature)
-    return Build(kernel, signature, constants, tile["num_warps"], multiples_of_16=aligned)
+    aligned = tuple(name for name in _WHOLE_NUMBERS if name in kernel.arg_names)
+    return build(kernel, constants, types, num_warps=tile["num_warps"], multiples_of_16=aligned)
 
 
 def _shipped() -> tuple[Build, ...]:

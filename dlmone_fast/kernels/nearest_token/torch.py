@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlmone_fast.kernels.reference import squared_distances
+from dlmone_fast.kernels.nearest_token.reference import squared_distances
+from dlmone_fast.kernels.nearest_token.vocabulary import Vocabulary, contiguous_rows
 
 # Scores in flight in the torch backend: 2^22 fp32 are 16 MB, about what a CPU's cache holds.
 _SCORES_PER_PASS = 1 << 22
@@ -23,17 +24,24 @@ _OPERAND_ROUNDOFF = {
 _OPERAND_ROUNDOFF_LOWEST = 2.0**-7
 
 
-def run(x: Tensor, embedding: Tensor) -> Tensor:
-    """ids [n] for fp32 x [n, d] and E [V, d]."""
+def search(rows: Tensor, vocabulary: Vocabulary, with_margin: bool) -> tuple[Tensor, Tensor | None]:
+    """ids [n], and margins [n] if wanted."""
     # fp32 scores, fp64 for near ties only: on CPUs an fp64 product takes twice the time and an
     # fp64 copy of the table, on many GPUs 64 times; and it would still leave ties to chance.
-    half_norms = embedding.square().sum(-1).mul_(0.5)
+    x, table = rows.float(), vocabulary.prepared("fp32", contiguous_rows)
+    half_norms = table.square().sum(-1).mul_(0.5)
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    rows_per_pass = max(1, _SCORES_PER_PASS // len(embedding))
+    margin = torch.empty(len(x), dtype=torch.float32, device=x.device) if with_margin else None
+    # With margins two candidates of every row are measured in fp64.
+    per_row = max(len(table), 2 * table.shape[1]) if with_margin else len(table)
+    rows_per_pass = max(1, _SCORES_PER_PASS // per_row)
     for first in range(0, len(x), rows_per_pass):
-        part = x[first : first + rows_per_pass]
-        ids[first : first + rows_per_pass] = _search(part, embedding, half_norms)
-    return ids
+        part = slice(first, first + rows_per_pass)
+        if margin is None:
+            ids[part] = _search(x[part], table, half_norms)
+        else:
+            ids[part], margin[part] = _search_two(x[part], table, half_norms)
+    return ids, margin
 
 
 def _search(x: Tensor, embedding: Tensor, half_norms: Tensor) -> Tensor:
@@ -50,19 +58,6 @@ def _search(x: Tensor, embedding: Tensor, half_norms: Tensor) -> Tensor:
         near = ~(scores[row] > limit[row])
         best[row] = _nearest_of(x[row], embedding, near.nonzero().squeeze(-1))
     return best
-
-
-def run_with_margin(x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """ids and margins [n] for fp32 x [n, d] and E [V, d]."""
-    half_norms = embedding.square().sum(-1).mul_(0.5)
-    ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    margin = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    per_row = max(len(embedding), 2 * embedding.shape[1])
-    rows_per_pass = max(1, _SCORES_PER_PASS // per_row)
-    for first in range(0, len(x), rows_per_pass):
-        part = slice(first, first + rows_per_pass)
-        ids[part], margin[part] = _search_two(x[part], embedding, half_norms)
-    return ids, margin
 
 
 def _search_two(x: Tensor, embedding: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
