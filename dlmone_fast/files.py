@@ -7,6 +7,31 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+StrPath = str | os.PathLike[str]
+
+
+def real_path(path: StrPath) -> Path:
+    """The absolute path without symbolic links, as far as they can be followed.
+
+    pathlib's `resolve` raises where they lead round in a loop.
+    """
+    return Path(os.path.realpath(path))
+
+
+def why_not_there(path: StrPath) -> str:
+    """What the system says of a path where no file or folder can be found, for a message.
+
+    pathlib's `exists`, `is_dir` and `is_file` raise what the system says, and those of os.path keep
+    it back: ask them, and then this.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:
+        return str(error)
+    return "it is of another kind"
+
 
 def fsync_directory(directory: Path) -> None:
     """Make renames inside `directory` survive a power cut."""

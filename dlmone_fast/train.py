@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +18,8 @@ from dlmone_fast.config import (
     PRESETS,
     Config,
     from_dict,
+    layered,
+    load_toml,
     resolve,
     to_dict,
     unchecked,
@@ -50,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
     started = time.monotonic()
     args = sys.argv[1:] if args is None else args
     arguments = _arguments(args)
-    config = from_dict(to_dict(arguments.settings))
+    config = _configuration(arguments, args)
     teacher = arguments.teacher_folder
     if teacher:
         if not (_value(args, "--preset") or _value(args, "--config")):
@@ -63,7 +65,8 @@ def main(args: list[str] | None = None) -> None:
     from dlmone_fast.training import run
 
     with _stoppable():
-        result = run(config, arguments.phase, teacher, arguments.resume, started)
+        keep = [arguments.config_file] if arguments.config_file else []
+        result = run(config, arguments.phase, teacher, arguments.resume, started, keep)
         if not result.workspace.ranks.writes:
             return
         if arguments.phase in ("all", "stage2") and result.student is not None:
@@ -86,14 +89,20 @@ def _stoppable() -> Iterator[None]:
 
 
 def _plan(config: Config, teacher: str) -> str:
+    from dlmone_fast.training.cuts import planned_cuts
     from dlmone_fast.training.plan import describe
 
+    tokenizer = None
     if teacher:
         from dlmone_fast.models.folder import load_folder
-        from dlmone_fast.training import with_teacher
+        from dlmone_fast.training import teacher_tokenizer, with_teacher
 
-        config = with_teacher(config, load_folder(teacher))
-    return describe(config)
+        folder = load_folder(teacher)
+        config = with_teacher(config, folder)
+        if config.data_dir or config.is_grammar:
+            tokenizer = teacher_tokenizer(config, folder)
+    config, cuts = planned_cuts(config, tokenizer)
+    return "\n".join([describe(config), "", *cuts])
 
 
 def _check_teacher_speaks(config: Config, teacher: str) -> None:
@@ -130,6 +139,28 @@ def _arguments(args: list[str]) -> Arguments:
         warnings.simplefilter("ignore", UserWarning)
         default = Arguments(settings=_base(args))
         return parse(Arguments, prog=PROG, description=__doc__ or "", args=args, default=default)
+
+
+def _configuration(arguments: Arguments, args: list[str]) -> Config:
+    """Preset, file and flags, with the sizes that follow from what the file and the flags set."""
+    file, settings = arguments.config_file, to_dict(arguments.settings)
+    flags = _set_by_flags(settings, args)
+    return from_dict(layered(settings["preset"], load_toml(file) if file else {}, flags))
+
+
+def _set_by_flags(settings: dict[str, Any], args: list[str], path: str = "") -> dict[str, Any]:
+    """The settings that the command line names, even where they are those of the preset."""
+    named = {arg[2:].split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    chosen = {}
+    for key, value in settings.items():
+        *sections, name = f"{path}{key}".split(".")
+        if isinstance(value, dict):
+            chosen[key] = _set_by_flags(value, args, f"{path}{key}.")
+        elif not named.isdisjoint(
+            {".".join([*sections, name]), ".".join([*sections, f"no_{name}"])}
+        ):
+            chosen[key] = value
+    return chosen
 
 
 def _base(args: list[str]) -> Config:

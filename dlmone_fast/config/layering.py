@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from dlmone_fast.config.following import followed
 from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.config.schema import Config
 from dlmone_fast.config.section import Section, shown
@@ -30,6 +31,8 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: Any) -> Config:
     """The configuration of a preset, changed by a TOML file, changed by keyword arguments.
 
+    Sizes that neither sets follow those that they set (`config.following`).
+
     Args:
         preset: a name from `PRESETS`; empty: the file's `preset` key, else "grammar".
         file: a TOML file with the sections and keys of `Config`; empty: none.
@@ -42,8 +45,20 @@ def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: An
     name = preset or values.get("preset", "grammar")
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(_unknown("preset", str(name), list(PRESETS)))
-    merged = merge(to_dict(PRESETS[name]), values, overrides)
-    return from_dict({**merged, "preset": name})
+    return from_dict(layered(name, values, overrides))
+
+
+def layered(preset: str, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values under those of the layers, with the sizes that follow from them.
+
+    Raises:
+        ConfigError: a layer has a key that is unknown or no section.
+    """
+    for layer in layers:
+        _check_keys(Config, layer, "")
+    base = to_dict(PRESETS[preset])
+    values = followed(base, merge({}, *layers), merge(base, *layers))
+    return {**values, "preset": preset}
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

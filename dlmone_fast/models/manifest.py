@@ -128,6 +128,15 @@ def verify_manifest(
     return records
 
 
+def is_all_listed(folder: StrPath) -> bool:
+    """Whether a folder's manifest names every file in it: nobody has put another one there."""
+    try:
+        names = {MANIFEST_NAME, *read_manifest(folder)}
+        return names.issuperset(os.listdir(folder))
+    except (ModelFileError, OSError):
+        return False
+
+
 def identities(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Which file stands under each name in the folder now: inode, size and time of last change."""
     found: dict[str, os.stat_result] = {}

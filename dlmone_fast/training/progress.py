@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dlmone_fast.training.workspace import writing
+from dlmone_fast.training.owned import read_record, writing
 
 
 class Progress:
@@ -152,4 +152,12 @@ def _tensorboard(root: Path) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(root / "tensorboard"))
+    return SummaryWriter(str(_board_folder(root)))
+
+
+def _board_folder(root: Path) -> Path:
+    """Where this start of a run writes its curves: nothing proves those of earlier ones, so that
+    they stay beside them."""
+    record = read_record(root)
+    board = root / "tensorboard"
+    return board if record is None or record.starts == 1 else board / f"start-{record.starts}"
