@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dlmone_fast.cli import parse, run_command
+from dlmone_fast.cli import parse, require_output, run_command
 from dlmone_fast.config import (
     PRESETS,
     Config,
@@ -59,6 +60,7 @@ def main(args: list[str] | None = None) -> None:
             _check_teacher_speaks(config, teacher)
         _say_whose_sizes(config, teacher)
     if arguments.dry_run:
+        require_output("open it, or leave out --dry-run")
         print(_plan(config, teacher))
         return
     from dlmone_fast.comparison import compare_run
@@ -113,7 +115,7 @@ def _check_teacher_speaks(config: Config, teacher: str) -> None:
 
     file = Path(teacher, TOKENIZER_NAME)
     # What is missing is told where the folder is read.
-    if not config.is_grammar or not file.is_file():
+    if not config.is_grammar or not os.path.isfile(file):
         return
     if Tokenizer.from_file(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
         raise UsageError(

@@ -105,9 +105,11 @@ def _read(file: str | os.PathLike[str]) -> str:
     try:
         with Path(file).open("rb") as stream:
             content = stream.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
+    # A ValueError is of a name that no file can have.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--config {file}: cannot be read ({error.strerror}); name the TOML file of a run"
+            f"--config {file!s:.300}: cannot be read ({reason}); name the TOML file of a run"
         ) from error
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigError(

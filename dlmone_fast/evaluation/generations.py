@@ -7,12 +7,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlmone_fast.errors import DataError, UsageError
-from dlmone_fast.files import write_atomically
+from dlmone_fast.files import prove_writable, real_path, write_atomically
 
 KEYS = ("source", "reference", "recover")
 # Far above any sentence pair: a file of another kind is refused, not loaded.
@@ -67,11 +68,11 @@ def read_generations(paths: Sequence[str | os.PathLike[str]]) -> GenerationSet:
 def _refuse_repeated_files(files: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for file in files:
-        if file.resolve() in seen:
+        if real_path(file) in seen:
             raise DataError(
                 f"{file}: given twice, which would count one candidate as two; name each file once."
             )
-        seen.add(file.resolve())
+        seen.add(real_path(file))
 
 
 def _read_rows(file: Path) -> Iterator[tuple[str, str, str]]:
@@ -155,12 +156,24 @@ def write_generations(
     write_text(path, "\n".join(lines) + "\n")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the `DataError` of `write_text` before there is anything to write."""
+    with _writing(Path(path)):
+        prove_writable(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, whole or not at all; `DataError` says why it cannot be."""
     target = Path(path)
-    try:
+    with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, [text.encode("utf-8")])
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{target}: cannot be written ({error.strerror}); what was there is unchanged. "

@@ -12,7 +12,7 @@ from typing import Any
 from dlmone_fast.data.rows import Row, load_rows
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
-from dlmone_fast.evaluation.generations import read_generations, write_generations
+from dlmone_fast.evaluation.generations import check_writable, read_generations, write_generations
 from dlmone_fast.evaluation.protocol import CandidateBatch, CandidateModel
 from dlmone_fast.evaluation.scores import score_generations
 from dlmone_fast.evaluation.seeds import MAX_SEED, row_seeds
@@ -89,6 +89,9 @@ def evaluate_model(
     check_resamples(bootstrap)
     _check_range("seed", seed, 0, MAX_SEED)
     pairs = _rows(data_dir, rows, split, max_rows)
+    files = _generation_files(generations_dir, seed, num_candidates)
+    for file in files:
+        check_writable(file)
     encoded = None
     if joint_truncation:
         cut = [model.encode_jointly(row.src, row.trg) for row in pairs]
@@ -113,10 +116,8 @@ def evaluate_model(
         decode="diffuseq" if joint_truncation else "clean",
     )
     candidates = [list(column) for column in zip(*batch.texts, strict=True)]
-    if generations_dir is not None:
-        for index, texts in enumerate(candidates):
-            path = Path(generations_dir) / f"seed{seed}-candidate{index}.jsonl"
-            write_generations(path, sources, references, texts)
+    for file, texts in zip(files, candidates, strict=False):
+        write_generations(file, sources, references, texts)
     options = _ScoreOptions(mbr, bootstrap, seed, bertscore_model, bertscore_layer, exact)
     settings = {
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
@@ -195,6 +196,15 @@ def _scored(
         **run,
     }
     return result
+
+
+def _generation_files(
+    folder: str | os.PathLike[str] | None, seed: int, candidates: int
+) -> list[Path]:
+    """Where each candidate's texts are written; nowhere without a folder."""
+    if folder is None:
+        return []
+    return [Path(folder) / f"seed{seed}-candidate{index}.jsonl" for index in range(candidates)]
 
 
 def _rows(

@@ -211,7 +211,7 @@ def list_checkpoints(root: StrPath) -> list[tuple[int, Path]]:
         raise CheckpointError(unreadable(root, reason)) from reason
     for path in entries:
         match = _STEP.fullmatch(original_name(path))
-        if match and path.is_dir():
+        if match and os.path.isdir(path):
             # ".old-step-…" sorts before "step-…", which replaces it.
             found[int(match[1])] = path
     return sorted(found.items())
@@ -260,7 +260,7 @@ def resolve_resume(root: StrPath, resume: StrPath = "auto") -> Path | None:
 
 
 def _explicit(path: Path) -> Path:
-    inside = list_checkpoints(path) if path.is_dir() else []
+    inside = list_checkpoints(path) if os.path.isdir(path) else []
     if inside:
         raise CheckpointError(
             f"{path}: holds several checkpoints; name one of them, e.g. {inside[-1][1]}"

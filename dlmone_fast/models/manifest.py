@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmone_fast.errors import DlmOneError, ModelFileError
+from dlmone_fast.files import why_not_there
 from dlmone_fast.models.plainfiles import (
     StrPath,
     dump_json,
@@ -85,7 +86,7 @@ def read_manifest(
     where = folder / MANIFEST_NAME
     # os.path: is_dir of a path that the system does not take raises.
     if not os.path.isdir(folder):
-        raise error(f"{folder}: no such folder; check the path")
+        raise error(f"{folder}: no such folder ({why_not_there(folder)}); check the path")
     content = read_json(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES)
     if content.get("format") != _FORMAT or type(content.get("version")) is not int:
         raise error(f"{where}: is not a dlmone_fast manifest; {RESEAL}")

@@ -69,7 +69,7 @@ class RunRecord:
             "made_from": {name: dict(source) for name, source in self.made_from.items()},
         }  # fmt: skip
         file, text = root / RECORD_NAME, dump_json(content).encode()
-        if not file.is_file() or file.read_bytes() != text:
+        if not os.path.isfile(file) or file.read_bytes() != text:
             write_atomically(file, [text])
         return self
 
@@ -129,10 +129,10 @@ def check_free(root: Path) -> None:
             raise UsageError(f"{folder}: this user cannot write to it; correct that, or {_OTHER}")
     for phase in MODEL_FOLDERS:
         folder = root / phase
-        if not os.path.lexists(folder) or (folder / MANIFEST_NAME).is_file():
+        if not os.path.lexists(folder) or os.path.isfile(folder / MANIFEST_NAME):
             continue
-        inside = _names(folder) if folder.is_dir() else []
-        if inside or not folder.is_dir():
+        inside = _names(folder) if os.path.isdir(folder) else []
+        if inside or not os.path.isdir(folder):
             what = f"holds {_listed(inside)} and no {MANIFEST_NAME}" if inside else "is a file"
             raise UsageError(
                 f"{folder}: {what}, so that no run wrote it, and the run writes its model there; "
@@ -140,7 +140,7 @@ def check_free(root: Path) -> None:
             )
     for name, is_ours in (("metrics.jsonl", _is_log), ("comparison.json", _is_comparison)):
         file = root / name
-        if file.is_file() and not is_ours(file):
+        if os.path.isfile(file) and not is_ours(file):
             raise _foreign(file)
 
 
@@ -161,7 +161,7 @@ def check_files(
         file = root / name
         if not os.path.lexists(file):
             continue
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UsageError(f"{file}: is no file, and the run writes one there; {_ELSEWHERE}")
         if _hash(file) == sha256:
             continue
@@ -201,7 +201,7 @@ def check_removable(
             if not record.wrote(root, name):
                 raise _foreign(file, changed=True)
     log = root / "metrics.jsonl"
-    if log.is_file() and not _is_log(log, whole=True):
+    if os.path.isfile(log) and not _is_log(log, whole=True):
         raise _foreign(log)
 
 
@@ -212,7 +212,7 @@ def remove(
     kept = _inside(root, keep)
     for phase in phases:
         folder = root / phase
-        doomed = [folder] if phase in MODEL_FOLDERS and folder.is_dir() else []
+        doomed = [folder] if phase in MODEL_FOLDERS and os.path.isdir(folder) else []
         for path in (*doomed, *_checkpoints(root, phase)):
             if not _is_kept(path, kept):
                 remove_directory(path)
@@ -224,7 +224,7 @@ def remove(
     for name in names:
         file = root / name
         ours = name == "metrics.jsonl" or (record is not None and record.wrote(root, name))
-        if file.is_file() and ours and not _is_kept(file, kept):
+        if os.path.isfile(file) and ours and not _is_kept(file, kept):
             file.unlink()
     for name in ("checkpoints", "data"):
         with suppress(OSError):
@@ -234,7 +234,8 @@ def remove(
 def has_trained(root: Path) -> bool:
     """Whether a phase has left a checkpoint or a model folder."""
     return any(
-        (root / phase / MANIFEST_NAME).is_file() or _checkpoints(root, phase) for phase in PHASES
+        os.path.isfile(root / phase / MANIFEST_NAME) or _checkpoints(root, phase)
+        for phase in PHASES
     )
 
 
@@ -309,7 +310,7 @@ def _check_checkpoint(folder: Path) -> None:
 
 def _checkpoints(root: Path, phase: str) -> list[Path]:
     folder = root / "checkpoints" / phase
-    names = _names(folder) if folder.is_dir() else []
+    names = _names(folder) if os.path.isdir(folder) else []
     return [folder / name for name in names if _CHECKPOINT.fullmatch(name)]
 
 
@@ -317,7 +318,7 @@ def _of_a_run_without_record(root: Path) -> RunRecord | None:
     """The record of a run that kept none: its config.toml is the one that a checkpoint or model
     folder under a manifest was made with."""
     file = root / "config.toml"
-    if not file.is_file():
+    if not os.path.isfile(file):
         return None
     try:
         values = load_toml(file)
@@ -328,7 +329,7 @@ def _of_a_run_without_record(root: Path) -> RunRecord | None:
     whole = {key for key, value in to_dict(config).items() if isinstance(value, dict)}
     if not whole <= set(values) or not any(_proves(root, phase, config) for phase in PHASES):
         return None
-    names = [name for name in ("config.toml", "tokenizer.json") if (root / name).is_file()]
+    names = [name for name in ("config.toml", "tokenizer.json") if os.path.isfile(root / name)]
     return RunRecord({name: [_hash(root / name)] for name in names})
 
 

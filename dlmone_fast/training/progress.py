@@ -131,11 +131,12 @@ class _Screen:
     gone ends a training."""
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
+        # A stream that was closed is None.
+        with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):
             sys.stderr.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -26,11 +26,12 @@ import torch
 from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
-from dlmone_fast.errors import ConfigError, DataError, UsageError
+from dlmone_fast.errors import BackendUnavailableError, ConfigError, DataError, UsageError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
+from dlmone_fast.runtime.engines.compiled import why_not_compile
 from dlmone_fast.tasks import grammar
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.owned import (
@@ -199,12 +200,15 @@ def open_workspace(
         ConfigError: the folder holds a run of another configuration, the vocabulary differs, or
             leaves no timestep for distillation.
         UsageError: something that no run wrote is in the way.
+        BackendUnavailableError: the configuration compiles, and nothing can be compiled here.
         DataError: data files are missing or malformed.
         ModelFileError: the folder cannot be written (CheckpointError), or its tokenizer.
     """
     limit = TimeLimit(config.max_minutes, started)
     ranks = ranks or Ranks()
     device = ranks.device(config.device)
+    if config.compile and (reason := why_not_compile(device)):
+        raise BackendUnavailableError(f"compile is on and cannot run: {reason}; or turn it off")
     keep = (*keep, config.data_dir)
     with ranks.in_turn():
         fresh = resume == "never" and ranks.writes
@@ -281,7 +285,7 @@ def _record(
     known = {} if fresh or before is None else before.files
     files: dict[str, list[str]] = {name: list(hashes) for name, hashes in known.items()}
     for name, sha256 in wanted.items():
-        there = [hash_file(root / name)] if (root / name).is_file() else []
+        there = [hash_file(root / name)] if os.path.isfile(root / name) else []
         files[name] = list(dict.fromkeys([*there, sha256]))
     starts = 1 if before is None else before.starts + fresh
     sources = {} if fresh or before is None else dict(before.made_from)
@@ -308,11 +312,13 @@ def _write(
 
 
 def _differs(file: Path, sha256: str) -> bool:
-    return not file.is_file() or hash_file(file) != sha256
+    return not os.path.isfile(file) or hash_file(file) != sha256
 
 
 def _is_given(file: Path, keep: Sequence[StrPath]) -> bool:
-    return file.is_file() and any(os.path.isfile(k) and os.path.samefile(k, file) for k in keep)
+    return os.path.isfile(file) and any(
+        os.path.isfile(k) and os.path.samefile(k, file) for k in keep
+    )
 
 
 def check_inputs(where: Path, found: Any, expected: dict[str, str]) -> None:
