@@ -27,7 +27,7 @@ def real_path(path: StrPath) -> Path:
 
 
 def why_not_there(path: StrPath) -> str:
-    """What the system says of a path where no file or folder can be found, for a message.
+    """The system's word on a path where no file or folder can be found, for a message.
 
     pathlib's `exists`, `is_dir` and `is_file` raise what the system says, and those of os.path keep
     it back: ask them, and then this.

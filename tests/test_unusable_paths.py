@@ -20,6 +20,7 @@ from dlmone_fast.evaluation.bertscore import bertscore_f1
 from dlmone_fast.evaluation.generations import read_generations, write_text
 from dlmone_fast.models.checkpoint import resolve_resume
 from dlmone_fast.models.diffuseq import import_teacher
+from dlmone_fast.training.workspace import find_vocabulary
 
 LONG = "x" * 300
 
@@ -67,9 +68,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "output-dir": lambda path: train.main(["--output-dir", str(path / "run"), "--phase", "stage1"]),
     "config": lambda path: train.main(["--config", str(path)]),
     "teacher": lambda path: train.main(["--teacher", str(path), "--dry-run"]),
-    "vocab_file": lambda path: train.main(
-        ["--preset", "qqp", "--data-dir", str(path.parent), "--data.vocab-file", str(path)]
-    ),
+    "vocab_file": lambda path: find_vocabulary(str(path), path.parent),
     "resume": lambda path: resolve_resume(path.parent, path),
     "import": lambda path: import_teacher(path, path.parent / "out"),
     "import out": lambda path: import_diffuseq.main([str(path.parent), str(path)]),

@@ -1,4 +1,4 @@
-"""How many texts of a split lose tokens, to which limit, and what limit would spare them."""
+"""Counts of the texts of a split that lose tokens, and the limits that would spare them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def lengths_of_file(split: str, path: Path, tokenizer: Tokenizer, both: bool = F
 
 
 def cuts_of(lengths: Lengths, config: Config) -> list[Cut]:
-    """What a configuration cuts of a split: in training's layout, and of the sources that
+    """The cuts of a split by a configuration: in training's layout, and of the sources that
     validation and evaluation generate from."""
     cuts = list(_layout_cuts(lengths, config.model)) if lengths.split != "test" else []
     if lengths.split != "train":

@@ -201,7 +201,7 @@ def _scored(
 def _generation_files(
     folder: str | os.PathLike[str] | None, seed: int, candidates: int
 ) -> list[Path]:
-    """Where each candidate's texts are written; nowhere without a folder."""
+    """The file of each candidate's texts; none without a folder."""
     if folder is None:
         return []
     return [Path(folder) / f"seed{seed}-candidate{index}.jsonl" for index in range(candidates)]

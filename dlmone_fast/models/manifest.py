@@ -130,7 +130,7 @@ def verify_manifest(
 
 
 def is_all_listed(folder: StrPath) -> bool:
-    """Whether a folder's manifest names every file in it: nobody has put another one there."""
+    """True if a folder's manifest names every file in it: nobody has put another one there."""
     try:
         names = {MANIFEST_NAME, *read_manifest(folder)}
         return names.issuperset(os.listdir(folder))

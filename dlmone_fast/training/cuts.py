@@ -1,4 +1,4 @@
-"""What a run cuts of its data, counted before it begins, while it goes, and for its last table."""
+"""The cuts of a run's data, counted before it begins, while it goes, and for its last table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cuts_of_run(workspace: Workspace) -> list[Cut]:
 
 
 def planned_cuts(config: Config, tokenizer: Tokenizer | None = None) -> tuple[Config, list[str]]:
-    """What a run will cut, from its data alone: sentences, and the configuration with the size of
+    """The cuts of a run to come, from its data: sentences, and the configuration with the size of
     the vocabulary. Nothing is written.
 
     Args:

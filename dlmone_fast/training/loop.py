@@ -93,7 +93,9 @@ def _tell_cuts(workspace: Workspace, progress: Progress, start: int) -> None:
     for cut in cuts:
         if cut.cut:
             progress.say(cut.sentence())
-    progress.record(start, {"cuts": [cut.numbers() for cut in cuts]})
+    # Once: what is resumed has it already.
+    if start == 0:
+        progress.record(start, {"cuts": [cut.numbers() for cut in cuts]})
 
 
 class _Loop:

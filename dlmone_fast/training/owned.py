@@ -1,4 +1,4 @@
-"""What a run wrote into its folder, and the proof of it: nothing is removed by its name alone.
+"""The proof of what a run wrote into its folder: nothing is removed by its name alone.
 
 RUN/run.json names the hashes of the files that the run wrote and what they were made from. It is
 written before them, so that a run that is killed between two writes still knows its own. Model
@@ -57,7 +57,7 @@ class RunRecord:
     starts: int = 1
 
     def wrote(self, root: Path, name: str) -> bool:
-        """Whether the file of this name is, byte for byte, one that the run wrote."""
+        """True if the file of this name is, byte for byte, one that the run wrote."""
         known, file = self.files.get(name, ()), root / name
         return bool(known) and os.path.isfile(file) and _hash(file) in known
 
@@ -232,7 +232,7 @@ def remove(
 
 
 def has_trained(root: Path) -> bool:
-    """Whether a phase has left a checkpoint or a model folder."""
+    """True if a phase has left a checkpoint or a model folder."""
     return any(
         os.path.isfile(root / phase / MANIFEST_NAME) or _checkpoints(root, phase)
         for phase in PHASES
@@ -240,30 +240,12 @@ def has_trained(root: Path) -> bool:
 
 
 def is_of_phase(folder: Path, phase: str) -> bool:
-    """Whether a model folder's own description says that this phase of a run wrote it."""
+    """True if a model folder's own description says that this phase of a run wrote it."""
     try:
         source = read_json(folder, MODEL_CONFIG, ModelFileError).get("source")
     except DlmOneError:
         return False
     return isinstance(source, dict) and source.get("phase") == phase
-
-
-def same_run(before: Config, now: Config, free: Sequence[str]) -> list[str]:
-    """What differs between two configurations of one run, but for the keys that may."""
-    return list(_differences(to_dict(before), to_dict(now), free))
-
-
-def _differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str], path: str = ""
-) -> Iterator[str]:
-    for key, value in now.items():
-        if not path and key in free:
-            continue
-        if isinstance(value, dict):
-            yield from _differences(before[key], value, free, f"{path}{key}.")
-        # A vocabulary that is yet to be made has no size.
-        elif before[key] != value and (f"{path}{key}", value) != ("model.vocab_size", 0):
-            yield f"{path}{key}: {before[key]!r} there, {value!r} now"
 
 
 _OTHER = "use another --output-dir"
@@ -334,7 +316,7 @@ def _of_a_run_without_record(root: Path) -> RunRecord | None:
 
 
 def _proves(root: Path, phase: str, config: Config) -> bool:
-    """Whether a phase's newest checkpoint, or its model folder, is of a run of a configuration."""
+    """True if a phase's newest checkpoint, or its model folder, is of a run of a configuration."""
     try:
         newest = find_latest(root / "checkpoints" / phase)[0]
         if newest is not None:
@@ -356,7 +338,7 @@ def _are_hashes(values: object) -> bool:
 
 
 def _is_log(file: Path, whole: bool = False) -> bool:
-    """Whether a file holds records of a run, judged by its first line or by all of them."""
+    """True if a file holds records of a run, judged by its first line or by all of them."""
     try:
         with file.open("rb") as stream:
             return all(map(_is_record, stream if whole else islice(stream, 1)))
@@ -410,6 +392,6 @@ def _inside(root: Path, paths: Iterable[StrPath]) -> list[Path]:
 
 
 def _is_kept(path: Path, kept: Sequence[Path]) -> bool:
-    """Whether a path is, lies in, or holds one of those that are not to be touched."""
+    """True if a path is, lies in, or holds one of those that are not to be touched."""
     here = real_path(path)
     return any(here.is_relative_to(other) or other.is_relative_to(here) for other in kept)

@@ -157,7 +157,7 @@ def _tensorboard(root: Path) -> Any:
 
 
 def _board_folder(root: Path) -> Path:
-    """Where this start of a run writes its curves: nothing proves those of earlier ones, so that
+    """The folder of this start's curves: nothing proves those of earlier ones a run's, so that
     they stay beside them."""
     record = read_record(root)
     board = root / "tensorboard"

@@ -27,7 +27,6 @@ from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
 from dlmone_fast.errors import BackendUnavailableError, ConfigError, DataError, UsageError
-from dlmone_fast.files import write_atomically
 from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
@@ -44,15 +43,21 @@ from dlmone_fast.training.owned import (
     has_trained,
     read_record,
     remove,
-    same_run,
     writing,
 )
 from dlmone_fast.training.ranks import Ranks
+from dlmone_fast.training.run_files import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    data_hashes,
+    data_source,
+    is_given,
+    record_files,
+    same_run,
+    write_files,
+)
 from dlmone_fast.training.signals import TimeLimit
 from dlmone_fast.training.window import timestep_window
-
-_CONFIG, _TOKENIZER = "config.toml", "tokenizer.json"
-_GENERATED_ROWS = 1000
 
 # What may differ between two starts of one run: none of it changes the plan. Another device,
 # precision or compile may still change the last bits of the numbers.
@@ -244,81 +249,34 @@ def _opened(
     contents: dict[str, bytes | None] = {}
     made_from: dict[str, dict[str, Any]] = {}
     if tokenizer is None:
-        made_from[_TOKENIZER] = tokenizer_source(config, data_dir)
-        saved = None if fresh else _saved_tokenizer(root, before, made_from[_TOKENIZER])
+        made_from[TOKENIZER_NAME] = tokenizer_source(config, data_dir)
+        saved = None if fresh else _saved_tokenizer(root, before, made_from[TOKENIZER_NAME])
         tokenizer = saved or make_tokenizer(config, data_dir)
-        contents[_TOKENIZER] = None if saved else tokenizer.to_json().encode()
+        contents[TOKENIZER_NAME] = None if saved else tokenizer.to_json().encode()
     tokenizer.max_chars = config.data.max_chars
     config = with_vocabulary(config, tokenizer)
     timestep_window(config)
     if not fresh:
         _check_same_run(root, config, before)
-    contents[_CONFIG] = to_toml(config).encode()
-    if before and not fresh and _is_given(root / _CONFIG, keep):
+    contents[CONFIG_NAME] = to_toml(config).encode()
+    if before and not fresh and is_given(root / CONFIG_NAME, keep):
         # It is of this run: what differs from it decides nothing.
-        contents[_CONFIG] = None
+        contents[CONFIG_NAME] = None
     wanted = {
         name: hash_file(root / name) if content is None else hashlib.sha256(content).hexdigest()
         for name, content in contents.items()
     }
     if config.is_grammar:
-        made_from["data"] = _data_source(config)
-        wanted |= _data_hashes(before, made_from["data"])
+        made_from["data"] = data_source(config)
+        wanted |= data_hashes(before, made_from["data"])
     check_files(root, before, wanted, keep)
     if writes:
         with writing(root):
             if fresh:
                 remove(root, before, PHASES, keep)
-            _record(root, before, wanted, made_from, fresh)
-        _write(root, config, contents, wanted)
+            record_files(root, before, wanted, made_from, fresh)
+        write_files(root, config, contents, wanted)
     return config, data_dir, tokenizer
-
-
-def _record(
-    root: Path,
-    before: RunRecord | None,
-    wanted: dict[str, str],
-    made_from: dict[str, dict[str, Any]],
-    fresh: bool,
-) -> None:
-    """Write run.json, ahead of the files that it vouches for."""
-    known = {} if fresh or before is None else before.files
-    files: dict[str, list[str]] = {name: list(hashes) for name, hashes in known.items()}
-    for name, sha256 in wanted.items():
-        there = [hash_file(root / name)] if os.path.isfile(root / name) else []
-        files[name] = list(dict.fromkeys([*there, sha256]))
-    starts = 1 if before is None else before.starts + fresh
-    sources = {} if fresh or before is None else dict(before.made_from)
-    if _TOKENIZER in known and _TOKENIZER not in sources:
-        # A run of a version that kept no record: what its tokenizer was made from nobody wrote.
-        made_from = {name: source for name, source in made_from.items() if name != _TOKENIZER}
-    RunRecord(files, {**sources, **made_from}, starts).saved(root)
-
-
-def _write(
-    root: Path, config: Config, contents: dict[str, bytes | None], wanted: dict[str, str]
-) -> None:
-    """Write the files of a run that are not there as they are wanted; the configuration last."""
-    splits = [name for name in wanted if name not in contents]
-    if any(_differs(root / name, wanted[name]) for name in splits):
-        rows = _data_source(config)
-        grammar.write_splits(
-            root / "data", rows["task"], rows["seed"], rows["train"], rows["valid"], rows["test"]
-        )
-    for name, content in contents.items():
-        if content is not None and _differs(root / name, wanted[name]):
-            with writing(root / name):
-                write_atomically(root / name, [content])
-
-
-def _differs(file: Path, sha256: str) -> bool:
-    return not os.path.isfile(file) or hash_file(file) != sha256
-
-
-def _is_given(file: Path, keep: Sequence[StrPath]) -> bool:
-    return os.path.isfile(file) and any(
-        os.path.isfile(k) and os.path.samefile(k, file) for k in keep
-    )
 
 
 def check_inputs(where: Path, found: Any, expected: dict[str, str]) -> None:
@@ -367,27 +325,8 @@ def _data_dir(config: Config, root: Path) -> Path:
     return Path(config.data_dir)
 
 
-def _data_source(config: Config) -> dict[str, Any]:
-    """What the generated rows are a function of."""
-    sizes = {"train": config.data.train_rows, "valid": _GENERATED_ROWS, "test": _GENERATED_ROWS}
-    return {"task": config.data.task, "seed": config.seed, **sizes}
-
-
-def _data_hashes(before: RunRecord | None, source: dict[str, Any]) -> dict[str, str]:
-    """sha256 of the generated splits by their names, as recorded or from the rows themselves."""
-    names = {split: f"data/{split}.jsonl" for split in ("train", "valid", "test")}
-    if before and before.made_from.get("data") == source:
-        recorded = {name: before.files.get(name, ()) for name in names.values()}
-        if all(len(hashes) == 1 for hashes in recorded.values()):
-            return {name: hashes[0] for name, hashes in recorded.items()}
-    hashes = grammar.split_hashes(
-        source["task"], source["seed"], source["train"], source["valid"], source["test"]
-    )
-    return {names[split]: sha256 for split, sha256 in hashes.items()}
-
-
 def tokenizer_source(config: Config, data_dir: Path) -> dict[str, Any]:
-    """What a run's tokenizer is made from: its settings, and the hash of the file that it reads."""
+    """All that a run's tokenizer is made from: settings, and the hash of the file that it reads."""
     if config.is_grammar:
         return {"task": config.data.task}
     values = to_dict(config.data)
@@ -408,17 +347,17 @@ def _saved_tokenizer(
     root: Path, before: RunRecord | None, source: dict[str, Any]
 ) -> Tokenizer | None:
     """The run's tokenizer, if it has one that was made from this; None: it is to be made."""
-    if before is None or not before.wrote(root, _TOKENIZER):
+    if before is None or not before.wrote(root, TOKENIZER_NAME):
         return None
-    known = before.made_from.get(_TOKENIZER)
+    known = before.made_from.get(TOKENIZER_NAME)
     if known is None or known == source:
-        return Tokenizer.from_file(root / _TOKENIZER)
+        return Tokenizer.from_file(root / TOKENIZER_NAME)
     if has_trained(root):
         changed = [key for key in (*known, *source) if known.get(key) != source.get(key)]
         what = ", ".join(dict.fromkeys("text" if key == "sha256" else key for key in changed))
         raise ConfigError(
-            f"{root / _TOKENIZER}: was made from another {what} than is given now, and what the "
-            "run has trained needs it; give the same, or use another --output-dir"
+            f"{root / TOKENIZER_NAME}: was made from another {what} than is given now, and "
+            "what the run has trained needs it; give the same, or use another --output-dir"
         )
     return None
 
@@ -452,7 +391,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 def _check_same_run(root: Path, config: Config, record: RunRecord | None) -> None:
     """Refuse a folder whose configuration is another run's, or no run's."""
-    file = root / _CONFIG
+    file = root / CONFIG_NAME
     if not os.path.lexists(file):
         return
     try:

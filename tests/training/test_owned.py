@@ -1,4 +1,4 @@
-"""What a run may remove and replace: what is proven to be a run's, and nothing by its name."""
+"""A run removes and replaces what is proven to be a run's, and nothing by its name."""
 
 from __future__ import annotations
 
