@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import dlmone_fast
-from dlmone_fast import evaluate, import_diffuseq, train
+from dlmone_fast import evaluate, train
 from dlmone_fast.bulk.job import Job, Options
 from dlmone_fast.bulk.shards import plan_shards
 from dlmone_fast.data.rows import find_split
@@ -71,7 +71,6 @@ USES: dict[str, Callable[[Path], object]] = {
     "vocab_file": lambda path: find_vocabulary(str(path), path.parent),
     "resume": lambda path: resolve_resume(path.parent, path),
     "import": lambda path: import_teacher(path, path.parent / "out"),
-    "import out": lambda path: import_diffuseq.main([str(path.parent), str(path)]),
     "plan_shards": lambda path: plan_shards(path, 10),
     "job": _job,
     "bertscore": lambda path: bertscore_f1([["a"]], ["a"], str(path)),
@@ -82,15 +81,11 @@ USES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("use", USES)
 def test_a_path_that_cannot_be_used_is_an_error_that_names_it(path: Path, use: str) -> None:
-    if "\0" in str(path) and use in ("write_text", "generations", "job"):
+    if "\0" in str(path) and use in ("write_text", "generations", "job", "output-dir"):
         pytest.skip("no command line holds NUL")
     with pytest.raises(DlmOneError) as caught:
         USES[use](path)
-    assert (
-        path.name[:80] in str(caught.value)
-        or repr(str(path))[1:80] in str(caught.value)
-        or (use == "import out" and "holds no ema" in str(caught.value))
-    )
+    assert path.name[:80] in str(caught.value) or repr(str(path))[1:80] in str(caught.value)
 
 
 def test_a_folder_that_is_not_there_says_why(tmp_path: Path) -> None:
@@ -115,7 +110,7 @@ def test_where_an_evaluation_writes_is_proven_before_it_generates(
 
     monkeypatch.setattr(Generator, "generate_candidates", generate)
     command = [str(model), "--data-dir", str(tmp_path), option, str(tmp_path / "file" / "out")]
-    with pytest.raises(DlmOneError, match=r"file/out.*: cannot be written \(Not a directory\)"):
+    with pytest.raises(DlmOneError, match=r"file/out.*: cannot be written \((File|Not)"):
         evaluate.main(command)
     if option == "--output":
         with pytest.raises(DlmOneError, match=r"cannot be written \(Is a directory\)"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -111,12 +111,12 @@ def _layout_cuts(lengths: Lengths, model: ModelConfig) -> Iterator[Cut]:
     cut_src, cut_trg = kept[0] < src - 1, kept[1] < trg - 1
     if not source:
         together = src + trg + SEPARATORS - 2
-        remedy = _proposal(together, lambda n: f"model.seq_len = {n}")
+        remedy = _proposal(together, length, lambda n: f"model.seq_len = {n}")
         yield Cut(split, "pairs", len(src), _count(cut_src | cut_trg), length, remedy)
         return
-    remedy = _proposal(src + 1, partial(_longer_source, model))
+    remedy = _proposal(src + 1, source, partial(_longer_source, model))
     yield Cut(split, "sources", len(src), _count(cut_src), source, remedy)
-    remedy = _proposal(trg, lambda n: f"model.seq_len = {source + n}")
+    remedy = _proposal(trg, length - source, lambda n: f"model.seq_len = {source + n}")
     yield Cut(split, "targets", len(trg), _count(cut_trg), length - source, remedy)
 
 
@@ -142,13 +142,24 @@ def _generation_cut(lengths: Lengths, config: Config) -> Cut:
 
     src = lengths.src
     cut = _count(src > limit)
-    return Cut(lengths.split, "sources", len(src), cut, limit, _proposal(src + follows, longer))
+    return Cut(
+        lengths.split,
+        "sources",
+        len(src),
+        cut,
+        limit,
+        _proposal(src + follows, limit + follows, longer),
+    )
 
 
-def _proposal(needed: IntArray, setting: Any) -> str:
-    """The smallest limit, in steps, that spares nearly all, and the share that it would cut."""
-    nearly_all = int(np.quantile(needed, _SPARED, method="higher"))
-    limit = -(-nearly_all // _MULTIPLE) * _MULTIPLE
+def _proposal(needed: IntArray, now: int, setting: Callable[[int], str]) -> str:
+    """The smallest limit, in steps, that spares nearly all, and the share that it would cut.
+
+    Where the limit of now cuts no more than that, it is one that spares all.
+    """
+    share = _SPARED if (needed > now).mean() > 1 - _SPARED else 1.0
+    longest = int(np.quantile(needed, share, method="inverted_cdf"))
+    limit = -(-longest // _MULTIPLE) * _MULTIPLE
     return f"{setting(limit)} would cut {percent(float((needed > limit).mean()))}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dlmone_fast import train
+from dlmone_fast.comparison import compare, measure
 from dlmone_fast.config import Config, resolve
 from dlmone_fast.data.batches import batch
 from dlmone_fast.data.cache import open_or_build
@@ -70,7 +71,7 @@ def test_a_cut_is_said_with_the_limit_that_would_spare_nearly_all() -> None:
     (tested,) = cuts_of(lengths("test", src, [500] * 100), resolve("qqp"))
     assert (
         tested.sentence() == "test: 1 % of sources are cut at 64 tokens (1 of 100); "
-        "data.max_source_tokens = 56 would cut 1 %"
+        "data.max_source_tokens = 96 would cut 0 %"
     )
     (pairs,) = cuts_of(lengths("train", [100] * 100, [100] * 100), resolve("qqp"))
     assert pairs.sentence().endswith("(100 of 100); model.seq_len = 208 would cut 0 %")
@@ -126,10 +127,15 @@ def test_the_plan_counts_cuts_and_writes_nothing(
 
 
 def test_a_run_says_its_cuts_in_its_log_its_records_and_its_table(
-    data: Path, tiny: Make, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    data: Path,
+    tiny: Make,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dlmone_fast.comparison import compare_run
-
+    # What is measured does not matter here.
+    monkeypatch.setattr(measure, "_LATENCY_SECONDS", 0.01)
+    monkeypatch.setattr(compare, "_SEARCH_STEPS", (1,))
     config = tiny(
         tmp_path / "run", data_dir=str(data), data={"task": "custom", "vocab_size": 64},
         model={"seq_len": 24, "source_positions": 12}, teacher={"steps": 2},
@@ -145,7 +151,7 @@ def test_a_run_says_its_cuts_in_its_log_its_records_and_its_table(
         ("train", "sources"): 40, ("train", "targets"): 0, ("valid", "targets"): 0,
         ("valid", "sources"): 20, ("test", "sources"): 20,
     }  # fmt: skip
-    table = compare_run(result)
+    table = compare.compare_run(result)
     assert "test: 33 % of sources are cut at 11 tokens (20 of 60)" in table
     content = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert content["cuts"] == record["cuts"]
