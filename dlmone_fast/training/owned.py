@@ -96,7 +96,8 @@ def read_record(root: Path) -> RunRecord | None:
         content = read_json(root, RECORD_NAME, UsageError)
     except UsageError as error:
         raise UsageError(f"{file}: is not the record of a run ({error}); {_ELSEWHERE}") from error
-    files, made_from, starts = (content.get(key) for key in ("files", "made_from", "starts"))
+    parts: list[Any] = [content.get(key) for key in ("files", "made_from", "starts")]
+    files, made_from, starts = parts
     valid = (
         content.get("format") == _FORMAT
         and isinstance(files, dict)

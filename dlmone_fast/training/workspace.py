@@ -74,8 +74,8 @@ _FREE_KEYS = (
     "evaluation",
     "preset",
 )
-# What of the configuration a run's tokenizer depends on.
-_TOKENIZER_KEYS = ("vocab_file", "vocab_size", "lowercase")
+# What of `data` a run's tokenizer depends on, as far as the configuration has it.
+_TOKENIZER_KEYS = ("tokenizer", "vocab_file", "vocab_size", "lowercase", "strip_accents")
 
 
 @dataclass(frozen=True)
