@@ -19,7 +19,7 @@ from dlmone_fast.config import Config
 from dlmone_fast.errors import CheckpointError, ConfigError, DataError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.folder import load_folder
-from dlmone_fast.training import RunResult, pipeline, run, train_teacher, workspace
+from dlmone_fast.training import RunResult, pipeline, run, run_files, train_teacher, workspace
 
 Make = Callable[..., Config]
 
@@ -90,7 +90,7 @@ def test_a_configuration_that_cannot_be_written_is_named(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_atomically(path, chunks)
 
-    monkeypatch.setattr(workspace, "write_atomically", full)
+    monkeypatch.setattr(run_files, "write_atomically", full)
     with pytest.raises(CheckpointError, match=r"config\.toml: cannot be written \(No space left"):
         train_teacher(tiny(tmp_path / "run"))
 
