@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import io
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, TextIO, TypeVar, Union
 
-from dlmone_fast.errors import EXIT_INTERRUPTED, EXIT_MODEL, EXIT_OK, DlmOneError
+from dlmone_fast.errors import EXIT_INTERRUPTED, EXIT_MODEL, EXIT_OK, DlmOneError, UsageError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -124,6 +125,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     An error of this package, and a full disk, is printed as its message alone; any other
     exception is a defect and keeps its traceback.
     """
+    _replace_closed_streams()
     try:
         code = main()
         sys.stdout.flush()
@@ -145,6 +147,38 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         _tell(f"error: {where}: {error.strerror}; free space and run it again")
         sys.exit(EXIT_MODEL)
     sys.exit(EXIT_OK if code is None else code)
+
+
+class _ClosedOutput(io.TextIOWrapper):
+    """In the place of a standard output that was closed: what is printed goes nowhere."""
+
+
+def require_output(way_out: str) -> None:
+    """Refuse a command whose result is what it prints where standard output is closed.
+
+    Raises:
+        UsageError: it is; `way_out` says where the result may go instead.
+    """
+    if sys.stdout is None or isinstance(sys.stdout, _ClosedOutput):
+        raise UsageError(f"standard output is closed, and the result goes there; {way_out}")
+
+
+def _replace_closed_streams() -> None:
+    """Give standard streams that were closed (`>&-`) a place.
+
+    Python has None for them, which fails where it is written to; and the next file that is opened
+    would get their number, for anybody to print into.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Takes the lowest number that is free: this one.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput(open(os.devnull, "wb"), encoding="utf-8")  # noqa: SIM115
 
 
 def _tell(message: str) -> None:

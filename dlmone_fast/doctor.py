@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def _default_model() -> str:
     folder = default_folder()
     if folder is None:
         return f"none: {ENVIRONMENT_VARIABLE} is not set"
-    return f"{folder}" if (Path(folder) / "manifest.json").is_file() else f"{folder}: not there"
+    return f"{folder}" if os.path.isfile(Path(folder, "manifest.json")) else f"{folder}: not there"
 
 
 def _outcome(check: Any) -> str:

@@ -16,6 +16,7 @@ from dlmone_fast.cli import (
     OptionalStr,
     OptionalStrs,
     parse,
+    require_output,
     run_command,
 )
 from dlmone_fast.errors import UsageError
@@ -94,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         EvaluateArgs, prog="python -m dlmone_fast.evaluate", description=DESCRIPTION, args=argv
     )
     _check(args)
+    if args.output:
+        from dlmone_fast.evaluation.generations import check_writable
+
+        check_writable(args.output)
+    else:
+        require_output("name a file with --output")
     task = _task(args)
     if args.generations:
         result = _from_files(args, task)

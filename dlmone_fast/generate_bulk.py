@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
 from dlmone_fast.errors import UsageError
+from dlmone_fast.files import real_path
 
 if TYPE_CHECKING:
     from dlmone_fast.bulk.job import Job
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dlmone_fast.bulk.worker import total
 
     started = time.perf_counter()
-    source = Path(args.input).resolve()
+    source = real_path(args.input)
     shards = plan_shards(source, args.rows_per_shard)
     with _machines(args.device) as (machines, here):
         device = device_kind(machines, args.device, args.workers)
@@ -136,13 +137,13 @@ def _job(args: BulkArgs, source: Path, device: str, here: bool) -> Job:
     from dlmone_fast.bulk.resolve import resolved
 
     options = Options(
-        model=str(Path(args.model).resolve()), column=args.column, id_column=args.id_column,
+        model=str(real_path(args.model)), column=args.column, id_column=args.id_column,
         rows_per_shard=args.rows_per_shard, num_candidates=args.num_candidates, steps=args.steps,
         sampler=args.sampler, temperature=args.temperature, seed=args.seed,
     )  # fmt: skip
     return Job(
         source,
-        Path(args.output).resolve(),
+        real_path(args.output),
         resolved(options, device, args.dtype, args.backend, here=here),
     )
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
+from dlmone_fast.cli import (
+    OptionalFloat,
+    OptionalInt,
+    OptionalStr,
+    parse,
+    require_output,
+    run_command,
+)
 from dlmone_fast.errors import DataError, PromptError, UsageError
 from dlmone_fast.sources import Source, calibration_prompts, is_jsonl, numbered_lines, source_of
 from dlmone_fast.tasks.arpabet import to_ipa
@@ -88,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(
         SampleArgs, prog="python -m dlmone_fast.sample", description=DESCRIPTION, args=argv
     )
+    if args.output is None:
+        require_output("name a file with --output")
     lines = numbered_lines(args.input)
     jsonl, lines = is_jsonl(args.input, args.format, lines)
     _check(args, jsonl)

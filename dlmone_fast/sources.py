@@ -113,6 +113,9 @@ def calibration_prompts(path: str | None, dtype: str) -> list[str] | None:
 
 def _open(path: str | None) -> AbstractContextManager[BinaryIO]:
     if path is None:
+        # What Python has for a standard input that was closed (`<&-`).
+        if sys.stdin is None:
+            raise DataError("standard input is closed; name a file to read instead (--input FILE)")
         return nullcontext(sys.stdin.buffer)
     return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
 

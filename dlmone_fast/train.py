@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dlmone_fast.cli import parse, run_command
+from dlmone_fast.cli import parse, require_output, run_command
 from dlmone_fast.config import (
     PRESETS,
     Config,
     from_dict,
+    layered,
+    load_toml,
     resolve,
     to_dict,
     unchecked,
 )
 from dlmone_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from dlmone_fast.text_tokenizer import TextTokenizer
 
 PROG = "python -m dlmone_fast.train"
 
@@ -50,20 +56,22 @@ def main(args: list[str] | None = None) -> None:
     started = time.monotonic()
     args = sys.argv[1:] if args is None else args
     arguments = _arguments(args)
-    config = from_dict(to_dict(arguments.settings))
+    config = _configuration(arguments, args)
     teacher = arguments.teacher_folder
     if teacher:
         if not (_value(args, "--preset") or _value(args, "--config")):
             _check_teacher_speaks(config, teacher)
         _say_whose_sizes(config, teacher)
     if arguments.dry_run:
+        require_output("open it, or leave out --dry-run")
         print(_plan(config, teacher))
         return
     from dlmone_fast.comparison import compare_run
     from dlmone_fast.training import run
 
     with _stoppable():
-        result = run(config, arguments.phase, teacher, arguments.resume, started)
+        keep = [arguments.config_file] if arguments.config_file else []
+        result = run(config, arguments.phase, teacher, arguments.resume, started, keep)
         if not result.workspace.ranks.writes:
             return
         if arguments.phase in ("all", "stage2") and result.student is not None:
@@ -86,25 +94,32 @@ def _stoppable() -> Iterator[None]:
 
 
 def _plan(config: Config, teacher: str) -> str:
+    from dlmone_fast.training.cuts import planned_cuts
     from dlmone_fast.training.plan import describe
 
+    tokenizer = None
     if teacher:
         from dlmone_fast.models.folder import load_folder
-        from dlmone_fast.training import with_teacher
+        from dlmone_fast.training import teacher_tokenizer, with_teacher
 
-        config = with_teacher(config, load_folder(teacher))
-    return "\n".join([describe(config), *_fidelity_lines(config, teacher)])
+        folder = load_folder(teacher)
+        config = with_teacher(config, folder)
+        if config.data_dir or config.is_grammar:
+            tokenizer = teacher_tokenizer(config, folder)
+    config, cuts = planned_cuts(config, tokenizer)
+    lines = _fidelity_lines(config, tokenizer)
+    return "\n".join([describe(config), "", *cuts, *lines])
 
 
-def _fidelity_lines(config: Config, teacher: str) -> list[str]:
+def _fidelity_lines(config: Config, tokenizer: TextTokenizer | None) -> list[str]:
     """What the tokenizer loses of each split, where there is data to read."""
     if config.is_grammar or not config.data_dir:
         return []
     from dlmone_fast.data.fidelity import split_fidelity
     from dlmone_fast.data.rows import SPLITS
-    from dlmone_fast.training.pipeline import run_tokenizer
+    from dlmone_fast.training.workspace import make_tokenizer
 
-    tokenizer = run_tokenizer(config, teacher)
+    tokenizer = tokenizer or make_tokenizer(config, Path(config.data_dir))
     if tokenizer.kind == "aligned":
         return []
     return [split_fidelity(config.data_dir, split, tokenizer).line(split) for split in SPLITS]
@@ -119,7 +134,7 @@ def _check_teacher_speaks(config: Config, teacher: str) -> None:
 
     file = Path(teacher, TOKENIZER_NAME)
     # What is missing is told where the folder is read.
-    if not config.is_grammar or not file.is_file():
+    if not config.is_grammar or not os.path.isfile(file):
         return
     if read_tokenizer(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
         raise UsageError(
@@ -145,6 +160,28 @@ def _arguments(args: list[str]) -> Arguments:
         warnings.simplefilter("ignore", UserWarning)
         default = Arguments(settings=_base(args))
         return parse(Arguments, prog=PROG, description=__doc__ or "", args=args, default=default)
+
+
+def _configuration(arguments: Arguments, args: list[str]) -> Config:
+    """Preset, file and flags, with the sizes that follow from what the file and the flags set."""
+    file, settings = arguments.config_file, to_dict(arguments.settings)
+    flags = _set_by_flags(settings, args)
+    return from_dict(layered(settings["preset"], load_toml(file) if file else {}, flags))
+
+
+def _set_by_flags(settings: dict[str, Any], args: list[str], path: str = "") -> dict[str, Any]:
+    """The settings that the command line names, even where they are those of the preset."""
+    named = {arg[2:].split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    chosen = {}
+    for key, value in settings.items():
+        *sections, name = f"{path}{key}".split(".")
+        if isinstance(value, dict):
+            chosen[key] = _set_by_flags(value, args, f"{path}{key}.")
+        elif not named.isdisjoint(
+            {".".join([*sections, name]), ".".join([*sections, f"no_{name}"])}
+        ):
+            chosen[key] = value
+    return chosen
 
 
 def _base(args: list[str]) -> Config:

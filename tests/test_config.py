@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from config_keys import BOUNDS, KINDS, WRONG_WORDS, nested
 
+from dlmone_fast import train
 from dlmone_fast.config import (
     PRESETS,
     Config,
@@ -88,7 +90,10 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: 
         ({"model": {"embedding_dim": 33}}, "model.embedding_dim must be even, got 33"),
         ({"model": {"num_heads": 7}}, "model.num_heads must divide hidden_size (768), got 7"),
         ({"distill": {"t_min": 1976}}, "distill.t_max must be above t_min (1976), got 1976"),
-        ({"diffusion": {"num_timesteps": 1975}}, "must lie within diffusion.num_timesteps (1975)"),
+        (
+            {"diffusion": {"num_timesteps": 1975}, "distill": {"t_max": 1976}},
+            "must lie within diffusion.num_timesteps (1975)",
+        ),
         ({"data": {"max_source_tokens": 126}}, "data.max_source_tokens must leave room"),
         ({"model": {"source_positions": 127}}, "model.source_positions must be between 0 and 126"),
         ({"model": {"source_positions": 2}}, "model.source_positions must be 0, or hold [CLS]"),
@@ -327,3 +332,71 @@ def test_inference_reads_half_of_the_layout_unless_told_otherwise() -> None:
         "grammar",
         "grammar-templates",
     ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "chosen", "expected"),
+    [
+        ("qqp-small", {"model": {"seq_len": 128}},
+         {"model.max_positions": 128, "model.source_positions": 64}),
+        ("qqp-small", {"model": {"seq_len": 32}},
+         {"model.max_positions": 64, "model.source_positions": 16}),
+        ("qqp-small", {"model": {"seq_len": 128, "source_positions": 32}},
+         {"model.source_positions": 32}),
+        ("qqp-small", {"model": {"seq_len": 128, "source_positions": 0}},
+         {"model.source_positions": 0}),
+        ("qqp-small", {"data": {"max_source_tokens": 40}}, {"model.source_positions": 41}),
+        ("qqp", {"model": {"seq_len": 1024}},
+         {"model.max_positions": 1024, "model.source_positions": 0}),
+        ("qqp-small", {"teacher": {"steps": 500}}, {"teacher.warmup_steps": 20}),
+        ("qqp-small", {"teacher": {"steps": 20_000}}, {"teacher.warmup_steps": 1000}),
+        ("qqp", {"distill": {"stage1": {"steps": 250}}},
+         {"distill.stage1.adversarial_warmup_steps": 2,
+          "distill.stage2.adversarial_warmup_steps": 400}),
+        ("qqp-small", {"model": {"vocab_size": 700}}, {"data.vocab_size": 700}),
+        ("qqp", {"data": {"vocab_file": "", "vocab_size": 900}}, {"model.vocab_size": 0}),
+        ("qqp", {"diffusion": {"num_timesteps": 1000}},
+         {"distill.t_init": 745, "distill.t_max": 988,
+          "evaluation.teacher_steps": "1000 65 20 10"}),
+    ],
+)  # fmt: skip
+def test_sizes_that_nobody_set_follow_those_that_somebody_did(
+    preset: str, chosen: dict, expected: dict, tmp_path: Path
+):
+    def found(config: Config) -> dict:
+        values = {}
+        for path in expected:
+            value = config
+            for key in path.split("."):
+                value = getattr(value, key)
+            values[path] = value
+        return values
+
+    assert found(resolve(preset, **chosen)) == expected
+    # A file and flags mean the same.
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps({"preset": preset, **chosen}))
+    assert found(resolve(file=file)) == expected
+    flags = []
+    for section, values in chosen.items():
+        for key, value in values.items():
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            flags += [
+                item
+                for name, v in inner
+                for item in (f"--{section}.{key}{'.' * bool(name)}{name}".replace("_", "-"), str(v))
+            ]
+    args = ["--preset", preset, *flags]
+    assert found(train._configuration(train._arguments(args), args)) == expected
+
+
+def test_what_a_resolved_configuration_says_is_set(tmp_path: Path):
+    before = resolve("qqp-small", model={"seq_len": 128, "source_positions": 32})
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(before))
+    assert resolve(file=file) == before
+    # A flag over a file: what follows the flag is a share of the preset's, not of the file's.
+    (tmp_path / "mine.toml").write_text('preset = "qqp-small"\n[model]\nseq_len = 128\n')
+    args = ["--config", str(tmp_path / "mine.toml"), "--model.seq-len", "96"]
+    config = train._configuration(train._arguments(args), args)
+    assert (config.model.source_positions, config.model.max_positions) == (48, 96)

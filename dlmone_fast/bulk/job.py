@@ -9,6 +9,7 @@ OUT/part-N.done.json     counts and time; written last: without it the shard is 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dlmone_fast.models.commit import complete_path
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file, read_manifest
 
 JOB_NAME = "job.json"
+_AGAIN = "remove it, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ class Job:
             DataError: it cannot be written.
         """
         described, file = self._described(), self.output / JOB_NAME
-        if file.exists():
-            self._check_same(json.loads(file.read_text(encoding="utf-8")), described)
+        if os.path.lexists(file):
+            self._check_same(_read_object(file), described)
             return
-        if self.output.exists() and any(self.output.iterdir()):
-            raise UsageError(
-                f"{self.output}: holds files and no {JOB_NAME}; name an empty or a new folder"
-            )
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            if any(self.output.iterdir()):
+                raise UsageError(
+                    f"{self.output}: holds files and no {JOB_NAME}; name an empty or a new folder"
+                )
         except OSError as error:
             raise DataError(
                 f"{self.output}: cannot be made ({error.strerror or error}); name another folder"
@@ -89,11 +91,15 @@ class Job:
 
     def missing(self, shards: Iterable[Shard]) -> list[Shard]:
         """Those that are not done."""
-        return [shard for shard in shards if not self.done_file(shard).exists()]
+        return [shard for shard in shards if not os.path.exists(self.done_file(shard))]
 
     def done(self, shard: Shard) -> Done:
         """What became of a shard that is done."""
-        return Done(**json.loads(self.done_file(shard).read_text(encoding="utf-8")))
+        file = self.done_file(shard)
+        try:
+            return Done(**_read_object(file))
+        except TypeError as error:
+            raise DataError(f"{file}: is not what a bulk job wrote ({error}); {_AGAIN}") from error
 
     def done_file(self, shard: Shard) -> Path:
         """What proves that a shard is done."""
@@ -116,10 +122,7 @@ class Job:
     def _described(self) -> dict[str, Any]:
         model = complete_path(self.options.model)
         read_manifest(model)
-        files = {
-            str(file): [file.stat().st_size, file.stat().st_mtime_ns]
-            for file in input_files(self.source)
-        }
+        files = {str(file): _stamp(file) for file in input_files(self.source)}
         options = asdict(self.options) | {"model": hash_file(model / MANIFEST_NAME)}
         return {"input": files, "options": options}
 
@@ -135,3 +138,24 @@ class Job:
                 f"{self.output}: holds a job with another {' and '.join(changed + differ)}"
                 f"{values}; give the same to continue it, or name a new folder"
             )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected an object, got {type(content).__name__}; {_AGAIN}")
+    return content
+
+
+def _stamp(file: Path) -> list[int]:
+    """Size and time of the last change."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot be read ({error.strerror}); correct or remove it"
+        ) from error
+    return [status.st_size, status.st_mtime_ns]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dlmone_fast.errors import DataError
+from dlmone_fast.files import why_not_there
 from dlmone_fast.textfiles import lines_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -73,12 +75,18 @@ def input_files(path: Path) -> list[Path]:
     Raises:
         DataError: there is none, or the ending is unknown.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-    else:
-        files = [path] if path.name.endswith(SUFFIXES) else []
-    if not path.exists():
-        raise DataError(f"{path}: not found; name a file or folder of {', '.join(SUFFIXES)}")
+    if not os.path.exists(path):
+        raise DataError(
+            f"{path}: not found ({why_not_there(path)}); name a file or folder of "
+            f"{', '.join(SUFFIXES)}"
+        )
+    try:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); correct its rights, or name another folder"
+        ) from error
+    files = [file for file in inside if file.name.endswith(SUFFIXES)]
     if not files:
         raise DataError(f"{path}: expected {', '.join(SUFFIXES)}, or a folder of such files")
     return files

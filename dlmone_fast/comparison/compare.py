@@ -20,8 +20,9 @@ from dlmone_fast.models.folder import load_folder
 from dlmone_fast.runtime import Generator, load_model
 from dlmone_fast.tasks.paper import paper_rows
 from dlmone_fast.training import RunResult
+from dlmone_fast.training.cuts import cuts_of_run
+from dlmone_fast.training.owned import writing
 from dlmone_fast.training.validation import generation_settings
-from dlmone_fast.training.workspace import writing
 
 # Row-calls of the network that one teacher row may spend on quality: above it a source gets one
 # candidate, and long samplers fewer sources.
@@ -64,6 +65,7 @@ class Comparison(Measuring):
             backend="eager",
         )
         self.teacher = self._teacher()
+        self.cuts = cuts_of_run(workspace)
         super().__init__(
             load_rows(workspace.data_dir, "test", limit=evaluation.rows),
             quality_of(self.config.data.task),
@@ -227,6 +229,9 @@ def _notes(
             f"{base / student.seconds:.0f}×."
         )
     notes.append(_honest_note(quality, student, fewest))
+    cuts = [cut.sentence() for cut in comparison.cuts if cut.cut]
+    if cuts:
+        notes.append("Texts that lose tokens: " + ". ".join(cuts) + ".")
     folder = comparison.result.student
     notes.append(f"Use it: dlmone_fast.generate([…], model={str(folder)!r})")
     return notes
@@ -251,6 +256,7 @@ def _write(comparison: Comparison, measured: list[Measured], fewest: Measured | 
         "seed": comparison.config.seed,
         "rows": [row.__dict__ for row in measured],
         "fewest_teacher_steps": fewest.__dict__ if fewest else None,
+        "cuts": [cut.numbers() for cut in comparison.cuts],
     }
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     path = comparison.result.root / "comparison.json"

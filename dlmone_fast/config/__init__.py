@@ -1,7 +1,15 @@
 """Configuration: what can be set, what is preset, and how the layers are merged."""
 
 from dlmone_fast.config.distillation import DistillConfig, StageConfig
-from dlmone_fast.config.layering import from_dict, load_toml, merge, resolve, to_dict, to_toml
+from dlmone_fast.config.layering import (
+    from_dict,
+    layered,
+    load_toml,
+    merge,
+    resolve,
+    to_dict,
+    to_toml,
+)
 from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.config.schema import (
     Config,
@@ -24,6 +32,7 @@ __all__ = [
     "StageConfig",
     "TeacherConfig",
     "from_dict",
+    "layered",
     "load_toml",
     "merge",
     "resolve",

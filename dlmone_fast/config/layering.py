@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from dlmone_fast.config.following import followed
 from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.config.schema import Config
 from dlmone_fast.config.section import Section, shown
@@ -31,6 +32,8 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: Any) -> Config:
     """The configuration of a preset, changed by a TOML file, changed by keyword arguments.
 
+    Sizes that neither sets follow those that they set (`config.following`).
+
     Args:
         preset: a name from `PRESETS`; empty: the file's `preset` key, else "grammar".
         file: a TOML file with the sections and keys of `Config`; empty: none.
@@ -43,8 +46,20 @@ def resolve(preset: str = "", file: str | os.PathLike[str] = "", **overrides: An
     name = preset or values.get("preset", "grammar")
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(_unknown("preset", str(name), list(PRESETS)))
-    merged = merge(to_dict(PRESETS[name]), values, overrides)
-    return from_dict({**merged, "preset": name})
+    return from_dict(layered(name, values, overrides))
+
+
+def layered(preset: str, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values under those of the layers, with the sizes that follow from them.
+
+    Raises:
+        ConfigError: a layer has a key that is unknown or no section.
+    """
+    for layer in layers:
+        _check_keys(Config, layer, "")
+    base = to_dict(PRESETS[preset])
+    values = followed(base, merge({}, *layers), merge(base, *layers))
+    return {**values, "preset": preset}
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -91,9 +106,11 @@ def _read(file: str | os.PathLike[str]) -> str:
     try:
         with Path(file).open("rb") as stream:
             content = stream.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
+    # A ValueError is of a name that no file can have.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--config {file}: cannot be read ({error.strerror}); name the TOML file of a run"
+            f"--config {file!s:.300}: cannot be read ({reason}); name the TOML file of a run"
         ) from error
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigError(

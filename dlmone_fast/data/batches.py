@@ -73,7 +73,7 @@ def _laid_out(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     src_start, src_length = _spans(cache.src_offsets, index)
     trg_start, trg_length = _spans(cache.trg_offsets, index)
-    src_kept, trg_kept = _kept_lengths(src_length, trg_length, seq_len, source_positions)
+    src_kept, trg_kept = kept_lengths(src_length, trg_length, seq_len, source_positions)
 
     position = np.arange(seq_len)[None, :]
     sep = src_kept[:, None]
@@ -234,7 +234,7 @@ def _spans(offsets: IntArray, index: IntArray) -> tuple[IntArray, IntArray]:
     return start, np.asarray(offsets[index + 1]) - start - 1
 
 
-def _kept_lengths(
+def kept_lengths(
     src: IntArray, trg: IntArray, seq_len: int, source_positions: int
 ) -> tuple[IntArray, IntArray]:
     """`layouts.kept_lengths` for arrays: the same rule, element by element."""

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -156,7 +157,11 @@ def _build(
 def _install(building: Path, folder: Path, identity: dict[str, Any]) -> None:
     """Give the finished folder its name, unless another process was first."""
     if folder.exists() and _opened(folder, identity) is None:
-        shutil.rmtree(folder)
+        # Its own files alone: with anything else in it the folder stays, and the rename says so.
+        for name in ("meta.json", *(f"{array}.npy" for array in _ARRAYS)):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
     try:
         os.rename(building, folder)
     except OSError:
@@ -235,7 +240,7 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _with_progress(rows: Iterable[Row], name: str) -> Iterator[Row]:
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return iter(rows)
     from tqdm import tqdm
 

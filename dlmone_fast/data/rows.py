@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import BinaryIO, cast
 
 from dlmone_fast.checks import as_whole
 from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.files import why_not_there
 from dlmone_fast.textfiles import lines_of
 
 SPLITS = ("train", "valid", "test")
@@ -50,15 +52,19 @@ def find_split(data_dir: str | Path, split: str) -> Path:
     if split not in SPLITS:
         raise UsageError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     directory = Path(data_dir)
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such folder; --data-dir wants one with {split}.jsonl")
+    if not os.path.isdir(directory):
+        raise DataError(
+            f"{directory}: no such folder ({why_not_there(directory)}); --data-dir wants one with "
+            f"{split}.jsonl"
+        )
     for suffix in (".jsonl", ".jsonl.gz"):
         path = directory / f"{split}{suffix}"
-        if path.is_file():
+        if os.path.isfile(path):
             return path
+    reason = why_not_there(directory / f"{split}.jsonl")
     raise DataError(
-        f"{directory}: neither {split}.jsonl nor {split}.jsonl.gz is there; write one with an "
-        'object a line: {"src": "…", "trg": "…"}'
+        f"{directory}: neither {split}.jsonl nor {split}.jsonl.gz is there ({reason}); write "
+        'one with an object a line: {"src": "…", "trg": "…"}'
     )
 
 

@@ -7,6 +7,7 @@ lengths and then compares texts of different pairs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import BackendUnavailableError, ModelFileError, UsageError
+from dlmone_fast.files import real_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +44,7 @@ def bertscore_f1(
     Raises `ModelFileError` for a folder without a model, `UsageError` for a layer that it does
     not have and `BackendUnavailableError` when the extra is not installed.
     """
-    tokenizer, model = _load(str(Path(model_dir).resolve()), model_dir)
+    tokenizer, model = _load(str(real_path(model_dir)), model_dir)
     layers = model.config.num_hidden_layers
     if layer is not None and not is_whole(layer, 0, layers):
         raise UsageError(f"bertscore_layer: expected 0 to {layers} for this model, got {layer}.")
@@ -69,7 +71,7 @@ def bertscore_f1(
 # One model is kept: a report scores the candidates and both baselines with it.
 @lru_cache(maxsize=1)
 def _load(resolved: str, given: str) -> tuple[Any, Any]:
-    if not (Path(resolved) / "config.json").is_file():
+    if not os.path.isfile(Path(resolved, "config.json")):
         raise ModelFileError(
             f"bertscore_model: expected a local model folder with config.json, got {given!r}; "
             "download the model first and give its folder (names are never looked up online)."

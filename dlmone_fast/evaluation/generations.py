@@ -7,13 +7,14 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dlmone_fast.data.rows import with_first
 from dlmone_fast.errors import DataError, UsageError
-from dlmone_fast.files import write_atomically
+from dlmone_fast.files import prove_writable, real_path, write_atomically
 from dlmone_fast.textfiles import lines_of
 
 KEYS = ("source", "reference", "recover")
@@ -83,11 +84,11 @@ def read_generations(paths: Sequence[str | os.PathLike[str]]) -> GenerationSet:
 def _refuse_repeated_files(files: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for file in files:
-        if file.resolve() in seen:
+        if real_path(file) in seen:
             raise DataError(
                 f"{file}: given twice, which would count one candidate as two; name each file once."
             )
-        seen.add(file.resolve())
+        seen.add(real_path(file))
 
 
 def _read_rows(file: Path) -> Iterator[tuple[_Pair, str]]:
@@ -184,12 +185,24 @@ def write_generations(
     write_text(path, "\n".join(lines) + "\n")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the `DataError` of `write_text` before there is anything to write."""
+    with _writing(Path(path)):
+        prove_writable(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, whole or not at all; `DataError` says why it cannot be."""
     target = Path(path)
-    try:
+    with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, [text.encode("utf-8")])
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{target}: cannot be written ({error.strerror}); what was there is unchanged. "

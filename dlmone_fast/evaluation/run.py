@@ -14,7 +14,7 @@ from dlmone_fast.checks import is_whole
 from dlmone_fast.data.rows import Row, find_split, load_rows
 from dlmone_fast.errors import DataError, PromptError, UsageError
 from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
-from dlmone_fast.evaluation.generations import read_generations, write_generations
+from dlmone_fast.evaluation.generations import check_writable, read_generations, write_generations
 from dlmone_fast.evaluation.pronunciation import score_pronunciations
 from dlmone_fast.evaluation.protocol import CandidateBatch, CandidateModel
 from dlmone_fast.evaluation.scores import score_generations
@@ -104,6 +104,9 @@ def evaluate_model(
         _refuse_text_options(mbr, joint_truncation, bertscore_model, exact)
     pairs = _rows(data_dir, rows, split, max_rows)
     where = "rows" if data_dir is None else str(find_split(Path(data_dir), split))
+    files = _generation_files(generations_dir, seed, num_candidates)
+    for file in files:
+        check_writable(file)
     encoded = None
     if joint_truncation:
         encoded, sources, references = _cut_jointly(model, pairs)
@@ -131,10 +134,8 @@ def evaluate_model(
             decode="diffuseq" if joint_truncation else "clean",
         )
     candidates = [list(column) for column in zip(*batch.texts, strict=True)]
-    if generations_dir is not None:
-        for index, texts in enumerate(candidates):
-            path = Path(generations_dir) / f"seed{seed}-candidate{index}.jsonl"
-            write_generations(path, sources, references, texts)
+    for file, texts in zip(files, candidates, strict=False):
+        write_generations(file, sources, references, texts)
     options = _ScoreOptions(mbr, int(bootstrap), int(seed), bertscore_model, bertscore_layer, exact)
     settings = {
         "split": split if rows is None else None, "steps": steps, "sampler": sampler,
@@ -301,6 +302,15 @@ def _naming_the_row(
                 reason = str(error).removeprefix("texts[0]: ")
                 raise DataError(f"{where}, line {row.line}: {reason}") from error
         raise
+
+
+def _generation_files(
+    folder: str | os.PathLike[str] | None, seed: int, candidates: int
+) -> list[Path]:
+    """The file of each candidate's texts; none without a folder."""
+    if folder is None:
+        return []
+    return [Path(folder) / f"seed{seed}-candidate{index}.jsonl" for index in range(candidates)]
 
 
 def _rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -25,7 +26,12 @@ from dlmone_fast.models.commit import (
     remove_directory,
     remove_leftovers,
 )
-from dlmone_fast.models.manifest import check_unchanged, identities, verify_manifest
+from dlmone_fast.models.manifest import (
+    check_unchanged,
+    identities,
+    is_all_listed,
+    verify_manifest,
+)
 from dlmone_fast.models.plainfiles import (
     StrPath,
     is_plain_name,
@@ -205,7 +211,7 @@ def list_checkpoints(root: StrPath) -> list[tuple[int, Path]]:
         raise CheckpointError(unreadable(root, reason)) from reason
     for path in entries:
         match = _STEP.fullmatch(original_name(path))
-        if match and path.is_dir():
+        if match and os.path.isdir(path):
             # ".old-step-…" sorts before "step-…", which replaces it.
             found[int(match[1])] = path
     return sorted(found.items())
@@ -248,13 +254,13 @@ def resolve_resume(root: StrPath, resume: StrPath = "auto") -> Path | None:
     if path is None and skipped:
         raise CheckpointError(
             f"{root}: none of its {len(skipped)} checkpoints is intact; the newest: "
-            f"{skipped[0][1]}; pass --resume never to start again, or choose another run folder"
+            f"{skipped[0][1]}; choose another run folder"
         )
     return path
 
 
 def _explicit(path: Path) -> Path:
-    inside = list_checkpoints(path) if path.is_dir() else []
+    inside = list_checkpoints(path) if os.path.isdir(path) else []
     if inside:
         raise CheckpointError(
             f"{path}: holds several checkpoints; name one of them, e.g. {inside[-1][1]}"
@@ -318,7 +324,10 @@ def _abandon_later(root: Path, step: int) -> None:
     for later, path in list_checkpoints(root):
         if later > step:
             left = root / f"abandoned-step-{later:08d}"
-            if left.exists():
+            if os.path.lexists(left):
+                if not is_all_listed(left):
+                    logger.warning("%s stays: %s holds files that no run wrote", path, left.name)
+                    continue
                 remove_directory(left)
             path.rename(left)
             logger.warning("%s is of a later step than this run's; renamed to %s", path, left.name)
@@ -327,12 +336,13 @@ def _abandon_later(root: Path, step: int) -> None:
 def _prune(root: Path, step: int, keep: int, protect: Set[int]) -> None:
     """Delete what is older than the newest `keep` verified checkpoints and not protected.
 
-    Damaged checkpoints do not count, and stay until `keep` newer ones verify.
+    A folder that no manifest vouches for, or that a user has put a file into, stays. Damaged
+    checkpoints do not count, and stay until `keep` newer ones verify.
     """
     kept = 0
     for number, path in reversed(list_checkpoints(root)):
         if kept >= keep:
-            if number not in protect:
+            if number not in protect and is_all_listed(path):
                 remove_directory(path)
         elif number == step or _verifies(path):
             kept += 1

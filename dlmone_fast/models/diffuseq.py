@@ -7,6 +7,7 @@ come from the tensors, paths in training_args.json are ignored.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from dlmone_fast.config import DiffusionConfig, ModelConfig
 from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.files import why_not_there
 from dlmone_fast.models.archive import check_archive
 from dlmone_fast.models.diffuseq_convert import ARGS_NAME, EMBEDDINGS, ONLY_V1, convert
 from dlmone_fast.models.folder import save_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
-from dlmone_fast.models.plainfiles import StrPath, read_json
+from dlmone_fast.models.plainfiles import StrPath, read_json, unreadable
 from dlmone_fast.tokenizer import Tokenizer
 
 MAX_CHECKPOINT_BYTES = 4 << 30
@@ -80,7 +82,7 @@ def import_teacher(
     folder, out = Path(checkpoint_dir), Path(out)
     if embedding not in EMBEDDINGS:
         raise UsageError(f"embedding must be raw or ema, got {embedding!r}")
-    if (out / MANIFEST_NAME).exists() and not overwrite:
+    if os.path.exists(out / MANIFEST_NAME) and not overwrite:
         raise UsageError(f"{out}: exists; pass --overwrite to replace it or choose another folder")
     file = find_checkpoint(folder, checkpoint)
     args = read_training_args(folder)
@@ -131,19 +133,27 @@ def find_checkpoint(folder: Path, checkpoint: StrPath | None = None) -> Path:
     Raises:
         ModelFileError: there is none, or two files share the highest step.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ModelFileError(
-            f"{folder}: no such folder; give the folder that holds ema_*.pt and {ARGS_NAME}"
+            f"{folder}: no such folder ({why_not_there(folder)}); give the folder that holds "
+            f"ema_*.pt and {ARGS_NAME}"
         )
     if checkpoint is not None:
         for path in (folder / checkpoint, Path(checkpoint)):
-            if path.is_file():
+            if os.path.isfile(path):
                 return path
-        raise ModelFileError(f"{checkpoint}: no such file, in {folder} or here; give its path")
-    matches = ((path, _CHECKPOINT_NAME.fullmatch(path.name)) for path in sorted(folder.iterdir()))
+        reason = why_not_there(Path(checkpoint))
+        raise ModelFileError(
+            f"{checkpoint}: no such file, in {folder} or here ({reason}); give its path"
+        )
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as reason_of_all:
+        raise ModelFileError(unreadable(folder, reason_of_all)) from reason_of_all
+    matches = ((path, _CHECKPOINT_NAME.fullmatch(path.name)) for path in inside)
     steps = [(int(match[1]), path) for path, match in matches if match]
     if not steps:
-        others = ", ".join(sorted(path.name for path in folder.glob("*.pt"))[:3])
+        others = ", ".join([path.name for path in inside if path.suffix == ".pt"][:3])
         raise ModelFileError(
             f"{folder}: holds no ema_*_<step>.pt"
             + (f" but {others}; name the file to import with --checkpoint" if others else "")
@@ -164,7 +174,7 @@ def read_training_args(folder: Path) -> dict[str, Any]:
         ModelFileError: the file is missing or malformed, or a setting is not supported.
     """
     where = folder / ARGS_NAME
-    if not where.exists():
+    if not os.path.exists(where):
         raise ModelFileError(
             f"{where}: the file is missing; DiffuSeq writes it beside its checkpoints, and the "
             "noise schedule cannot be known without it: copy it next to the .pt file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,9 @@ CARD_NAME = "README.md"
 _OWN_NAMES = {
     MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, GENERATION_NAME, CARD_NAME,
 }  # fmt: skip
+
+# The model folders of a training run, the last one first.
+_OF_A_RUN = ("stage2", "stage1", "teacher")
 
 _WEIGHTS_FILE = re.compile(r"model[A-Za-z0-9._-]{0,100}\.safetensors")
 _MAX_SHARDS = 1000
@@ -174,10 +178,11 @@ def load_folder(path: StrPath) -> ModelFolder:
             read, or the folder has a newer format; the message names the file and the reason.
     """
     path = complete_path(path)
+    _refuse_run_folder(path)
     before = identities(path)
     files = verify_manifest(path, ModelFileError, required=(CONFIG_NAME,))
     for name in (TOKENIZER_NAME, GENERATION_NAME):
-        if name not in files and (path / name).exists():
+        if name not in files and os.path.lexists(path / name):
             raise ModelFileError(
                 f"{path / name}: is not listed in {MANIFEST_NAME}; remove it, or, if it was added "
                 "on purpose, call dlmone_fast.models.manifest.write_manifest(folder)"
@@ -204,6 +209,19 @@ def load_folder(path: StrPath) -> ModelFolder:
         generation_config=generation,
         files=files,
     )
+
+
+def _refuse_run_folder(path: Path) -> None:
+    """Name the models of a training run to whoever names its folder."""
+    if os.path.lexists(path / MANIFEST_NAME):
+        return
+    inside = [n for n in _OF_A_RUN if os.path.isfile(path / n / MANIFEST_NAME)]
+    if inside:
+        also = f" (or its {' or '.join(inside[1:])})" if inside[1:] else ""
+        raise ModelFileError(
+            f"{path}: is the folder of a training run and no model folder; name the model in it: "
+            f"{path / inside[0]}{also}"
+        )
 
 
 def _read_weights(

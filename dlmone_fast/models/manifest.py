@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmone_fast.errors import DlmOneError, ModelFileError
+from dlmone_fast.files import why_not_there
 from dlmone_fast.models.plainfiles import (
     StrPath,
     dump_json,
@@ -85,7 +86,7 @@ def read_manifest(
     where = folder / MANIFEST_NAME
     # os.path: is_dir of a path that the system does not take raises.
     if not os.path.isdir(folder):
-        raise error(f"{folder}: no such folder; check the path")
+        raise error(f"{folder}: no such folder ({why_not_there(folder)}); check the path")
     content = read_json(folder, MANIFEST_NAME, error, _MAX_MANIFEST_BYTES)
     if content.get("format") != _FORMAT or type(content.get("version")) is not int:
         raise error(f"{where}: is not a dlmone_fast manifest; {RESEAL}")
@@ -126,6 +127,15 @@ def verify_manifest(
     for name, record in records.items():
         _verify_file(folder, name, record, error)
     return records
+
+
+def is_all_listed(folder: StrPath) -> bool:
+    """True if a folder's manifest names every file in it: nobody has put another one there."""
+    try:
+        names = {MANIFEST_NAME, *read_manifest(folder)}
+        return names.issuperset(os.listdir(folder))
+    except (ModelFileError, OSError):
+        return False
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int, int]]:

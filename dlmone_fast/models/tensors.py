@@ -170,7 +170,7 @@ def check_names(
     """Raise `error` listing missing and unexpected tensor names, if there are any."""
     problems = _name_problems(set(expected), set(found))
     if problems:
-        raise error(f"{where}: " + "; ".join(problems))
+        raise error(f"{where}: " + "; ".join(problems) + "; use a file written for this model")
 
 
 def _name_problems(expected: set[str], found: set[str]) -> list[str]:

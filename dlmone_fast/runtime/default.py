@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmone_fast.errors import ModelNotLoadedError, UsageError
+from dlmone_fast.files import real_path
 from dlmone_fast.runtime import hub
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.loading import load_model
@@ -124,7 +125,7 @@ def from_pretrained(
         UsageError: a hub id without `download`, or without huggingface_hub.
         ModelFileError: the folder is missing, damaged or does not fit, or cannot be fetched.
     """
-    if not hub.is_repository(path_or_name) or Path(path_or_name).exists():
+    if not hub.is_repository(path_or_name) or os.path.exists(path_or_name):
         return load(path_or_name, **options)
     if not download:
         raise UsageError(
@@ -156,8 +157,12 @@ def _resolve(model: Generator | str | os.PathLike[str] | None) -> Generator:
 def _cached(path: Path) -> Generator:
     # The manifest's time of change stands for the content: a retrained folder loads anew.
     manifest = path / "manifest.json"
-    stamp = manifest.stat().st_mtime_ns if manifest.exists() else 0
-    key = path.resolve()
+    try:
+        stamp = manifest.stat().st_mtime_ns
+    # Why it cannot be read is told where it is.
+    except (OSError, ValueError):
+        stamp = 0
+    key = real_path(path)
     with _lock:
         loading = _loading.setdefault(key, threading.Lock())
     # Calls on other models do not wait for this one to load.

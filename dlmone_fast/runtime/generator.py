@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 
@@ -73,6 +73,18 @@ class Generator:
         with_estimate = settings.kind == "teacher" and denoiser.config.self_conditioning
         request = EngineRequest(denoiser, precision, examples, with_estimate)
         self._executor = Executor(denoiser, make_engine(backend, request), max_queued)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: engines belong to their process.
+
+        Raises:
+            UsageError: always.
+        """
+        where = self.folder.path if self.folder else "its folder"
+        raise UsageError(
+            "a loaded model cannot be sent to another process, nor copied; load it in that process "
+            f"instead: dlmone_fast.load({str(where)!r})"
+        )
 
     @property
     def task(self) -> str:

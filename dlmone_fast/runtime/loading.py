@@ -13,10 +13,12 @@ from dlmone_fast.aligned_tokenizer import read_tokenizer
 from dlmone_fast.config.room import default_source_limit
 from dlmone_fast.data.layouts import source_limit
 from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.models.commit import complete_path
 from dlmone_fast.models.denoiser import Denoiser, denoiser_from_folder
 from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import GENERATION_NAME, ModelFolder, load_folder
 from dlmone_fast.packaged import folder_of
+from dlmone_fast.runtime import hub
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED
@@ -52,7 +54,13 @@ def load_model(
     """
     target = pick_device(device)
     precision = pick_precision(dtype, target)
-    folder = load_folder(folder_of(path))
+    path = folder_of(path)
+    if hub.is_repository(path) and not os.path.lexists(complete_path(path)):
+        raise ModelFileError(
+            f"{os.fspath(path)}: no such folder; check the path, or, if it is the id of a model on "
+            f"the hub, use dlmone_fast.from_pretrained({os.fspath(path)!r}, download=True)"
+        )
+    folder = load_folder(path)
     denoiser = denoiser_from_folder(folder).to(target)
     tokenizer = _tokenizer(folder, denoiser.config.vocab_size)
     settings = _settings(folder, denoiser)

@@ -29,7 +29,10 @@ from dlmone_fast.tasks.grammar_rules import (
     vocabulary,
 )
 
-__all__ = ["VARIANTS", "Parse", "parse", "references", "score", "vocabulary", "write_splits"]
+__all__ = [
+    "VARIANTS", "Parse", "parse", "references", "score", "split_hashes", "vocabulary",
+    "write_splits",
+]  # fmt: skip
 
 MAX_ROWS = 10_000_000
 
@@ -48,23 +51,32 @@ def write_splits(
     and its own size alone, and no split's first rows depend on how many follow. Raise
     UsageError for sizes outside 1 to 10,000,000 and DataError where nothing can be written.
     """
-    templates = template_names(variant)
-    sizes = {"test": test_rows, "valid": valid_rows, "train": train_rows}
-    for split, size in sizes.items():
-        if not is_whole(size, 1, MAX_ROWS):
-            raise UsageError(f"{split}_rows: expected 1 to {MAX_ROWS}, got {size!r}")
-    directory, taken = Path(directory), set[int]()
+    directory = Path(directory)
+    splits = _splits(variant, seed, train_rows, valid_rows, test_rows)
     paths = {split: directory / f"{split}.jsonl" for split in ("train", "valid", "test")}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for split, size in sizes.items():
-            write_atomically(paths[split], _lines(seed, split, size, templates, taken))
+        for split, lines in splits:
+            write_atomically(paths[split], lines)
     except OSError as error:
         raise DataError(
             f"{directory}: cannot write the grammar's rows ({error}); free space or choose a "
             "folder that you may write to"
         ) from error
     return paths
+
+
+def split_hashes(
+    variant: str, seed: int, train_rows: int, valid_rows: int, test_rows: int
+) -> dict[str, str]:
+    """sha256 of each file that `write_splits` writes for the same arguments, by split."""
+    hashes = {}
+    for split, lines in _splits(variant, seed, train_rows, valid_rows, test_rows):
+        digest = hashlib.sha256()
+        for line in lines:
+            digest.update(line)
+        hashes[split] = digest.hexdigest()
+    return hashes
 
 
 def score(sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -118,6 +130,18 @@ def score(sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> dict[s
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
+
+
+def _splits(
+    variant: str, seed: int, train_rows: int, valid_rows: int, test_rows: int
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Each split with its lines, to be read in this order: a source of one is in no later one."""
+    templates, taken = template_names(variant), set[int]()
+    sizes = {"test": test_rows, "valid": valid_rows, "train": train_rows}
+    for split, size in sizes.items():
+        if not is_whole(size, 1, MAX_ROWS):
+            raise UsageError(f"{split}_rows: expected 1 to {MAX_ROWS}, got {size!r}")
+    return ((split, _lines(seed, split, size, templates, taken)) for split, size in sizes.items())
 
 
 def _lines(

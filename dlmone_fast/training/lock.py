@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dlmone_fast.errors import UsageError
-from dlmone_fast.training.workspace import writing
+from dlmone_fast.training.owned import writing
 
 LOCK_NAME = ".lock"
 
@@ -30,7 +30,8 @@ def only_training_in(root: Path) -> Iterator[None]:
     leaves nothing to clear. Reading the folder needs no lock.
 
     Raises:
-        UsageError: a training runs in the folder, in another process or in this one.
+        UsageError: a training runs in the folder, in another process or in this one; or a file of
+            the lock's name is there that no training wrote.
         CheckpointError: the folder cannot be written.
     """
     with writing(root):
@@ -59,6 +60,12 @@ def _take(descriptor: int, root: Path) -> None:
         if reason.errno not in _NO_LOCKS:
             raise
         logger.warning("%s: cannot be locked (%s); start one training in it", root, reason.strerror)
+    before = os.pread(descriptor, _MAX_PID_BYTES, 0)
+    if before.strip() and not before.strip().isdigit():
+        raise UsageError(
+            f"{root / LOCK_NAME}: was not written by a training, which locks its folder with a "
+            "file of that name; use another --output-dir, or move it away"
+        )
     with writing(root / LOCK_NAME):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

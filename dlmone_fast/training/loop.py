@@ -19,6 +19,7 @@ from dlmone_fast.models.checkpoint import (
     save_checkpoint,
 )
 from dlmone_fast.models.tensors import finite_problems
+from dlmone_fast.training.cuts import cuts_of_run
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.signals import StopRequest
 from dlmone_fast.training.workspace import Workspace, check_inputs
@@ -73,6 +74,8 @@ def run_phase(phase: Phase, workspace: Workspace, resume: str | os.PathLike[str]
     try:
         if found:
             progress.say(f"{phase.name}: resumed from {found}")
+        if ranks.writes:
+            _tell_cuts(workspace, progress, start)
         # Dropout draws from torch's global generators, which are the caller's.
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -82,6 +85,17 @@ def run_phase(phase: Phase, workspace: Workspace, resume: str | os.PathLike[str]
             _Loop(phase, workspace, progress, stop).run(checkpoint)
     finally:
         progress.close()
+
+
+def _tell_cuts(workspace: Workspace, progress: Progress, start: int) -> None:
+    """Say and record how many texts of each split lose tokens."""
+    cuts = cuts_of_run(workspace)
+    for cut in cuts:
+        if cut.cut:
+            progress.say(cut.sentence())
+    # Once: what is resumed has it already.
+    if start == 0:
+        progress.record(start, {"cuts": [cut.numbers() for cut in cuts]})
 
 
 class _Loop:

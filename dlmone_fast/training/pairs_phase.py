@@ -211,8 +211,8 @@ def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
     if found != expected:
         raise CheckpointError(
             f"{checkpoint.path}: its pairs were made with {found!r:.400}, this run has {expected}; "
-            "name the same seed, data.both_directions and distill.pairs, or start over with "
-            "--resume never"
+            "name the same seed, data.both_directions and distill.pairs, or use another "
+            "--output-dir"
         )
     c, sizes = config.distill.pairs, config.model
     checkpoint.check_step(c.updates)
@@ -231,7 +231,7 @@ def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
             raise CheckpointError(
                 f"{checkpoint.path / 'pairs.safetensors'}: {name} must lie in 0 … {limit - 1}; "
-                "start over with --resume never"
+                "resume from another checkpoint, or use another --output-dir"
             )
     return Pairs(pairs_seed(config), tensors["rows"], tensors["samples"], tensors["ids"])
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlmone_fast.aligned_tokenizer import read_tokenizer
 from dlmone_fast.config import Config
-from dlmone_fast.data.rows import load_rows
+from dlmone_fast.data.check import check_splits
 from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
+from dlmone_fast.files import real_path
 from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import ModelFolder, load_folder
+from dlmone_fast.models.manifest import MANIFEST_NAME
 from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
 from dlmone_fast.training.lock import only_training_in
 from dlmone_fast.training.loop import run_phase
+from dlmone_fast.training.owned import MODEL_FOLDERS
 from dlmone_fast.training.pairs_phase import Pairs, PairsPhase, load_pairs
 from dlmone_fast.training.publish import publish
 from dlmone_fast.training.ranks import Ranks, open_ranks
@@ -25,7 +28,6 @@ from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import (
     PHASES,
     Workspace,
-    make_tokenizer,
     open_workspace,
     run_folder,
     tokenizer_of_file,
@@ -50,7 +52,8 @@ def train_teacher(config: Config, resume: StrPath = "auto") -> Path:
     Args:
         config: see `dlmone_fast.resolve`.
         resume: "auto" continues from the newest intact checkpoint, "never" starts over (and
-            removes what the run folder holds), a path continues from that checkpoint.
+            removes what an earlier run wrote into the folder), a path continues from that
+            checkpoint.
     """
     result = run(config, "teacher", resume=resume)
     assert result.teacher is not None
@@ -65,6 +68,7 @@ def distill(config: Config, teacher: StrPath = "", resume: StrPath = "auto") -> 
         teacher: a model folder; empty: the run's own teacher, which must be trained.
         resume: as for `train_teacher`; "never" keeps the run's own teacher.
     """
+    _check_data(config, ("train", "valid"))
     with _alone_in_the_folder(config) as ranks:
         return _distill_in_two_stages(config, teacher, resume, ranks)
 
@@ -74,8 +78,7 @@ def _distill_in_two_stages(config: Config, teacher: StrPath, resume: StrPath, ra
     phases = _after_the_teacher(workspace.config)
     _check_pairs_are_read(workspace.config)
     if resume == "never":
-        for phase in phases:
-            workspace.clear(phase)
+        workspace.clear(*phases)
     for phase in phases:
         unfinished = not workspace.finished(phase)
         _distill(workspace, phase, folder, resume)
@@ -90,6 +93,7 @@ def run(
     teacher: StrPath = "",
     resume: StrPath = "auto",
     started: float | None = None,
+    keep: Sequence[StrPath] = (),
 ) -> RunResult:
     """Run one phase or all of them in a run folder; finished phases are not run again.
 
@@ -99,9 +103,12 @@ def run(
         teacher: a model folder to distil instead of training a teacher.
         resume: "auto", "never" (start over), or the path of a checkpoint of `phase`.
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
+        keep: files and folders of the caller's, beside `data_dir`, that are never removed or
+            replaced, though they lie in the run folder.
 
     Raises:
-        UsageError: arguments that contradict each other, or another training in the run folder.
+        UsageError: arguments that contradict each other, another training in the run folder, or
+            files there that no run wrote.
         DataError: data files are missing or malformed.
         DlmOneError: whatever stops a phase; see `training.loop.run_phase`.
     """
@@ -113,12 +120,12 @@ def run(
         raise UsageError("--teacher names a teacher to distil; it cannot go with --phase teacher")
     if phase == "pairs" and not config.distill.pairs.count:
         raise UsageError("--phase pairs has nothing to make: set --distill.pairs.count")
-    if phase in ("stage2", "all"):
-        _check_test_split(config)
     if phase == "all":
         _check_pairs_are_read(config)
+    tested = ("test",) if phase in ("stage2", "all") else ()
+    _check_data(config, ("train", "valid", *tested))
     with _alone_in_the_folder(config) as ranks:
-        return _run_phases(config, phase, teacher, resume, started, ranks)
+        return _run_phases(config, phase, teacher, resume, started, ranks, keep)
 
 
 @contextmanager
@@ -138,15 +145,16 @@ def _run_phases(
     resume: StrPath,
     started: float | None,
     ranks: Ranks,
+    keep: Sequence[StrPath],
 ) -> RunResult:
     start_over = "never" if resume == "never" else "auto"
     if phase in ("teacher", "all") and not teacher:
-        workspace = open_workspace(config, None, start_over, started, ranks)
+        workspace = open_workspace(config, None, start_over, started, ranks, keep)
         _train_teacher(workspace, "auto" if resume == "never" else resume)
         folder = workspace.model("teacher")
     else:
         workspace, folder = _open_with_teacher(
-            config, teacher, start_over if phase == "all" else "auto", started, ranks
+            config, teacher, start_over if phase == "all" else "auto", started, ranks, keep
         )
     for name in _after_the_teacher(workspace.config):
         if phase in (name, "all"):
@@ -157,7 +165,7 @@ def _run_phases(
     return RunResult(
         workspace.root,
         workspace,
-        folder if (folder / "manifest.json").exists() else None,
+        folder if os.path.exists(folder / MANIFEST_NAME) else None,
         students[0] if students else None,
     )
 
@@ -168,11 +176,11 @@ def with_teacher(config: Config, folder: ModelFolder) -> Config:
     return replace(config, model=denoiser.config, diffusion=denoiser.schedule.config)
 
 
-def _check_test_split(config: Config) -> None:
-    # The comparison that ends a run reads it: found now rather than after all training.
+def _check_data(config: Config, required: tuple[str, ...]) -> None:
+    # The comparison that ends a run reads the test split: found now rather than after all training.
     # A grammar is yet to be written, and a missing data_dir is open_workspace's to tell.
     if config.data_dir and not config.is_grammar:
-        load_rows(config.data_dir, "test", limit=1)
+        check_splits(config.data_dir, config.data.max_chars, required)
 
 
 def _check_pairs_are_read(config: Config) -> None:
@@ -247,9 +255,10 @@ def _open_with_teacher(
     resume: str,
     started: float | None = None,
     ranks: Ranks | None = None,
+    keep: Sequence[StrPath] = (),
 ) -> tuple[Workspace, Path]:
     if not teacher:
-        workspace = open_workspace(config, started=started, ranks=ranks)
+        workspace = open_workspace(config, started=started, ranks=ranks, keep=keep)
         folder = workspace.model("teacher")
         if not workspace.finished("teacher"):
             raise UsageError(
@@ -259,25 +268,28 @@ def _open_with_teacher(
         return workspace, folder
     folder = Path(teacher)
     root = run_folder(config)
-    if resume == "never" and folder.resolve().is_relative_to(root.resolve()):
+    if resume == "never" and _is_of_the_run(folder, root):
         raise UsageError(
             f"--resume never would remove the teacher {folder}, which lies in the run folder; "
             "use another --output-dir, or --phase stage1 and then --phase stage2"
         )
     loaded = load_folder(folder)
     config = with_teacher(config, loaded)
-    tokenizer = _teacher_tokenizer(config, loaded)
-    return open_workspace(config, tokenizer, resume, started, ranks), folder
+    tokenizer = teacher_tokenizer(config, loaded)
+    keep = (*keep, folder)
+    return open_workspace(config, tokenizer, resume, started, ranks, keep), folder
 
 
-def run_tokenizer(config: Config, teacher: StrPath = "") -> TextTokenizer:
-    """The tokenizer that a run on `data_dir` would use, a given teacher's or its own made anew."""
-    if teacher:
-        return _teacher_tokenizer(config, load_folder(Path(teacher)))
-    return make_tokenizer(config, Path(config.data_dir))
+def _is_of_the_run(folder: Path, root: Path) -> bool:
+    return real_path(folder) in [real_path(root / name) for name in MODEL_FOLDERS]
 
 
-def _teacher_tokenizer(config: Config, folder: ModelFolder) -> TextTokenizer:
+def teacher_tokenizer(config: Config, folder: ModelFolder) -> TextTokenizer:
+    """The tokenizer of a teacher to distil: its folder's, else the configured vocabulary.
+
+    Raises:
+        ModelFileError: there is neither.
+    """
     saved = folder.tokenizer_path
     tokenizer: TextTokenizer
     if saved is not None:
@@ -289,5 +301,4 @@ def _teacher_tokenizer(config: Config, folder: ModelFolder) -> TextTokenizer:
             f"{folder.path} has no tokenizer.json; import the checkpoint again with --vocab, or "
             "name its vocabulary with --data.vocab-file"
         )
-    tokenizer.max_chars = config.data.max_chars
     return tokenizer

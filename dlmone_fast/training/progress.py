@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dlmone_fast.training.workspace import writing
+from dlmone_fast.training.owned import read_record, writing
 
 
 class Progress:
@@ -131,11 +131,12 @@ class _Screen:
     gone ends a training."""
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
+        # A stream that was closed is None.
+        with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):
             sys.stderr.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -152,4 +153,12 @@ def _tensorboard(root: Path) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(root / "tensorboard"))
+    return SummaryWriter(str(_board_folder(root)))
+
+
+def _board_folder(root: Path) -> Path:
+    """The folder of this start's curves: nothing proves those of earlier ones a run's, so that
+    they stay beside them."""
+    record = read_record(root)
+    board = root / "tensorboard"
+    return board if record is None or record.starts == 1 else board / f"start-{record.starts}"

@@ -1,5 +1,6 @@
 """The run folder: resolved configuration, tokenizer, token caches, checkpoints, model folders.
 
+RUN/run.json             hashes of what the run wrote, and what that was made from
 RUN/config.toml          the resolved configuration
 RUN/tokenizer.json
 RUN/data/                rows of a generated task
@@ -13,9 +14,9 @@ RUN/.lock                held while a training runs here, with its process id
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,46 @@ from dlmone_fast.aligned_tokenizer import AlignedTokenizer, read_tokenizer
 from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
-from dlmone_fast.errors import CheckpointError, ConfigError, DataError, PromptError
-from dlmone_fast.files import write_atomically
+from dlmone_fast.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    DataError,
+    PromptError,
+    UsageError,
+)
 from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
-from dlmone_fast.models.plainfiles import unwritable
 from dlmone_fast.packaged import DATA
+from dlmone_fast.runtime.engines.compiled import why_not_compile
 from dlmone_fast.tasks import grammar
 from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.training.owned import (
+    PHASES,
+    RunRecord,
+    StrPath,
+    check_files,
+    check_free,
+    check_removable,
+    has_trained,
+    read_record,
+    remove,
+    writing,
+)
 from dlmone_fast.training.ranks import Ranks
+from dlmone_fast.training.run_files import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    data_hashes,
+    data_source,
+    is_given,
+    record_files,
+    same_run,
+    write_files,
+)
 from dlmone_fast.training.signals import TimeLimit
 from dlmone_fast.training.window import timestep_window
-
-PHASES = ("teacher", "pairs", "stage1", "stage2")
-
-_GENERATED_ROWS = 1000
 
 # What may differ between two starts of one run: none of it changes the plan. Another device,
 # precision or compile may still change the last bits of the numbers.
@@ -59,6 +83,8 @@ _FREE_KEYS = (
     "evaluation",
     "preset",
 )
+# What of `data` a run's tokenizer depends on, as far as the configuration has it.
+_TOKENIZER_KEYS = ("tokenizer", "vocab_file", "vocab_size", "lowercase", "strip_accents")
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,8 @@ class Workspace:
     tokenizer: TextTokenizer
     limit: TimeLimit = field(default_factory=TimeLimit)
     ranks: Ranks = field(default_factory=Ranks)
+    keep: tuple[StrPath, ...] = ()
+    """Files and folders of the caller's, which the run neither removes nor replaces."""
 
     @property
     def bf16(self) -> bool:
@@ -99,11 +127,17 @@ class Workspace:
         """The model folder that a phase ends with."""
         return self.root / phase
 
-    def clear(self, phase: str) -> None:
-        """Remove a phase's checkpoints and model folder, to run it again."""
+    def clear(self, *phases: str) -> None:
+        """Remove the checkpoints and model folders of phases, to run them again.
+
+        Raises:
+            UsageError: something there is not proven to be a run's; nothing has been removed.
+        """
         if self.ranks.writes:
-            for folder in (self.checkpoints(phase), self.model(phase)):
-                shutil.rmtree(folder, ignore_errors=True)
+            record = read_record(self.root)
+            check_removable(self.root, record, phases, self.keep)
+            with writing(self.root):
+                remove(self.root, record, phases, self.keep)
         self.ranks.wait()
 
     def check_time(self, before: str) -> None:
@@ -124,14 +158,22 @@ class Workspace:
 
         Raises:
             ConfigError: it did so from other inputs than the given ones.
+            UsageError: the model folder is not of this phase of a run.
         """
         if phase == "pairs":
             return self._has_pairs(inputs)
         folder = self.model(phase)
-        if not (folder / MANIFEST_NAME).exists():
+        if not os.path.exists(folder / MANIFEST_NAME):
             return False
         if inputs is not None:
-            check_inputs(folder, load_folder(folder).config.get("source", {}).get("inputs"), inputs)
+            source = load_folder(folder).config.get("source", {})
+            if source.get("phase") != phase:
+                raise UsageError(
+                    f"{folder}: is a model folder that the phase {phase} of a run did not write, "
+                    "and it would write its own there; move it away, or use another --output-dir "
+                    "(a teacher to distil is named with --teacher)"
+                )
+            check_inputs(folder, source.get("inputs"), inputs)
         return True
 
     def _has_pairs(self, inputs: dict[str, str] | None) -> bool:
@@ -152,31 +194,42 @@ def open_workspace(
     resume: str = "auto",
     started: float | None = None,
     ranks: Ranks | None = None,
+    keep: Sequence[StrPath] = (),
 ) -> Workspace:
     """Create or reopen the run folder of a configuration.
+
+    Everything is checked before anything is removed or written.
 
     Args:
         config: the run's configuration.
         tokenizer: use this one (a given teacher's); None: the run's own, from `data.vocab_file`
             or learned on the training split.
-        resume: "never" starts over: the phases of an earlier run in the folder are removed.
+        resume: "never" starts over: what is proven to be an earlier run's in the folder is removed.
         started: since when `max_minutes` counts, by `time.monotonic()`; None: now.
         ranks: the processes of the run; the folder is one that all of them see.
+        keep: files and folders of the caller's, beside `data_dir`, that are not removed or
+            replaced wherever they lie.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, the vocabulary differs, or
             leaves no timestep for distillation.
+        UsageError: something that no run wrote is in the way.
+        BackendUnavailableError: the configuration compiles, and nothing can be compiled here.
         DataError: data files are missing or malformed.
         ModelFileError: the folder cannot be written (CheckpointError), or its tokenizer.
     """
     limit = TimeLimit(config.max_minutes, started)
     ranks = ranks or Ranks()
     device = ranks.device(config.device)
+    if config.compile and (reason := why_not_compile(device)):
+        raise BackendUnavailableError(f"compile is on and cannot run: {reason}; or turn it off")
+    keep = (*keep, config.data_dir)
     with ranks.in_turn():
-        if not ranks.writes:
-            resume = "auto"
-        config, root, data_dir, tokenizer = _opened(config, tokenizer, resume)
-        workspace = Workspace(config, root, data_dir, device, tokenizer, limit, ranks)
+        fresh = resume == "never" and ranks.writes
+        config, data_dir, tokenizer = _opened(config, tokenizer, fresh, keep, ranks.writes)
+        workspace = Workspace(
+            config, run_folder(config), data_dir, device, tokenizer, limit, ranks, keep
+        )
         if ranks.size > 1:
             # Built by the first rank; alone, when a phase asks for them.
             for split in ("train", "valid"):
@@ -185,33 +238,56 @@ def open_workspace(
 
 
 def _opened(
-    config: Config, tokenizer: TextTokenizer | None, resume: str
-) -> tuple[Config, Path, Path, TextTokenizer]:
+    config: Config,
+    tokenizer: TextTokenizer | None,
+    fresh: bool,
+    keep: Sequence[StrPath],
+    writes: bool,
+) -> tuple[Config, Path, TextTokenizer]:
     root = run_folder(config)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        if resume == "never":
-            _clear(root)
+    before = read_record(root)
+    check_free(root)
     data_dir = _data_dir(config, root)
+    if fresh:
+        check_removable(root, before, PHASES, keep)
+    else:
+        _check_same_run(root, config, before)
+    # Files of the run by name: what to write, or None where what is there is right.
+    contents: dict[str, bytes | None] = {}
+    made_from: dict[str, dict[str, Any]] = {}
     if tokenizer is None:
-        tokenizer = _tokenizer(config, root, data_dir)
+        made_from[TOKENIZER_NAME] = tokenizer_source(config, data_dir)
+        saved = None if fresh else _saved_tokenizer(root, before, made_from[TOKENIZER_NAME])
+        tokenizer = saved or make_tokenizer(config, data_dir)
+        contents[TOKENIZER_NAME] = None if saved else tokenizer.to_json().encode()
+    tokenizer.max_chars = config.data.max_chars
     config = with_vocabulary(config, tokenizer)
     if isinstance(tokenizer, AlignedTokenizer):
         _check_words(data_dir, tokenizer)
     timestep_window(config)
-    _check_same_run(root, config)
-    with writing(root / "config.toml"):
-        write_atomically(root / "config.toml", [to_toml(config).encode()])
-    return config, root, data_dir, tokenizer
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write of something in the run folder into a CheckpointError that names it."""
-    try:
-        yield
-    except OSError as reason:
-        raise CheckpointError(unwritable(path, reason)) from reason
+    if not fresh:
+        _check_same_run(root, config, before)
+    contents[CONFIG_NAME] = to_toml(config).encode()
+    if before and not fresh and is_given(root / CONFIG_NAME, keep):
+        # It is of this run: what differs from it decides nothing.
+        contents[CONFIG_NAME] = None
+    wanted = {
+        name: hash_file(root / name) if content is None else hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
+    }
+    if config.is_grammar:
+        made_from["data"] = data_source(config)
+        wanted |= data_hashes(before, made_from["data"])
+    check_files(root, before, wanted, keep)
+    if writes:
+        with writing(root):
+            if fresh:
+                remove(root, before, PHASES, keep)
+            record_files(root, before, wanted, made_from, fresh)
+        write_files(root, config, contents, wanted)
+    return config, data_dir, tokenizer
 
 
 def check_inputs(where: Path, found: Any, expected: dict[str, str]) -> None:
@@ -220,8 +296,7 @@ def check_inputs(where: Path, found: Any, expected: dict[str, str]) -> None:
     if changed:
         raise ConfigError(
             f"{where}: was made from another {' and '.join(changed)} than is given now; name the "
-            "same data and teacher, use another --output-dir, or start over with "
-            "--phase all --resume never"
+            "same data and teacher, or use another --output-dir"
         )
 
 
@@ -257,33 +332,53 @@ def with_vocabulary(config: Config, tokenizer: TextTokenizer) -> Config:
 
 
 def _data_dir(config: Config, root: Path) -> Path:
-    if not config.is_grammar:
-        if not config.data_dir and config.data.task in DATA:
-            return DATA[config.data.task]
-        if not config.data_dir:
-            raise DataError(
-                f"--data-dir is missing: preset {config.preset!r} reads "
-                "{train,valid,test}.jsonl[.gz] with src and trg from it; name the folder"
-            )
-        return Path(config.data_dir)
-    folder = root / "data"
-    # Each split is written in one step and train.jsonl last: it proves them all.
-    if not (folder / "train.jsonl").exists():
-        train, valid, test = config.data.train_rows, _GENERATED_ROWS, _GENERATED_ROWS
-        grammar.write_splits(folder, config.data.task, config.seed, train, valid, test)
-    return folder
+    if config.is_grammar:
+        return root / "data"
+    if not config.data_dir and config.data.task in DATA:
+        return DATA[config.data.task]
+    if not config.data_dir:
+        raise DataError(
+            f"--data-dir is missing: preset {config.preset!r} reads "
+            "{train,valid,test}.jsonl[.gz] with src and trg from it; name the folder"
+        )
+    return Path(config.data_dir)
 
 
-def _tokenizer(config: Config, root: Path, data_dir: Path) -> TextTokenizer:
-    saved = root / "tokenizer.json"
-    tokenizer: TextTokenizer
-    if saved.exists():
-        tokenizer = read_tokenizer(saved)
-        tokenizer.max_chars = config.data.max_chars
-        return tokenizer
-    tokenizer = make_tokenizer(config, data_dir)
-    tokenizer.save(saved)
-    return tokenizer
+def tokenizer_source(config: Config, data_dir: Path) -> dict[str, Any]:
+    """All that a run's tokenizer is made from: settings, and the hash of the file that it reads."""
+    if config.is_grammar:
+        return {"task": config.data.task}
+    values = to_dict(config.data)
+    source = {key: values[key] for key in _TOKENIZER_KEYS if key in values}
+    if config.data.vocab_file:
+        # Its place does not matter, and its size is its own.
+        file = find_vocabulary(config.data.vocab_file, data_dir)
+        del source["vocab_file"], source["vocab_size"]
+    else:
+        file = find_split(data_dir, "train")
+    try:
+        return {**source, "sha256": hash_file(file)}
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _saved_tokenizer(
+    root: Path, before: RunRecord | None, source: dict[str, Any]
+) -> TextTokenizer | None:
+    """The run's tokenizer, if it has one that was made from this; None: it is to be made."""
+    if before is None or not before.wrote(root, TOKENIZER_NAME):
+        return None
+    known = before.made_from.get(TOKENIZER_NAME)
+    if known is None or known == source:
+        return read_tokenizer(root / TOKENIZER_NAME)
+    if has_trained(root):
+        changed = [key for key in (*known, *source) if known.get(key) != source.get(key)]
+        what = ", ".join(dict.fromkeys("text" if key == "sha256" else key for key in changed))
+        raise ConfigError(
+            f"{root / TOKENIZER_NAME}: was made from another {what} than is given now, and "
+            "what the run has trained needs it; give the same, or use another --output-dir"
+        )
+    return None
 
 
 def make_tokenizer(config: Config, data_dir: Path) -> TextTokenizer:
@@ -352,7 +447,7 @@ def find_vocabulary(name: str, data_dir: Path) -> Path:
     """The vocabulary file, relative to the working folder, the data folder or its parent."""
     places = [Path(name), data_dir / name, data_dir.parent / name]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place
     looked = ", ".join(str(place) for place in places)
     raise DataError(f"data.vocab_file {name!r} is not found (looked at {looked}); give its path")
@@ -364,38 +459,27 @@ def _texts(path: Path) -> Iterator[str]:
         yield row.trg
 
 
-def _clear(root: Path) -> None:
-    for name in (*PHASES, "checkpoints", "data", "tensorboard"):
-        shutil.rmtree(root / name, ignore_errors=True)
-    for name in ("config.toml", "tokenizer.json", "metrics.jsonl"):
-        (root / name).unlink(missing_ok=True)
-
-
-def _check_same_run(root: Path, config: Config) -> None:
-    file = root / "config.toml"
-    if not file.exists():
+def _check_same_run(root: Path, config: Config, record: RunRecord | None) -> None:
+    """Refuse a folder whose configuration is another run's, or no run's."""
+    file = root / CONFIG_NAME
+    if not os.path.lexists(file):
         return
     try:
-        before = to_dict(from_dict(load_toml(file)))
+        before = from_dict(load_toml(file))
     except ConfigError as error:
         reason = str(error).removeprefix(f"--config {file}: ")
         raise ConfigError(
-            f"{file}: is not a configuration of this version ({reason}); use another --output-dir, "
-            "or start over with --phase all --resume never"
+            f"{file}: is not a configuration that a run of this version wrote ({reason}); use "
+            "another --output-dir, or move it away"
         ) from error
-    changed = list(_differences(before, to_dict(config)))
+    if record is None and file.read_bytes() != to_toml(before).encode():
+        raise ConfigError(
+            f"{file}: was not written by a run, and a run writes its configuration there; use "
+            "another --output-dir, or move it away"
+        )
+    changed = same_run(before, config, _FREE_KEYS)
     if changed:
         raise ConfigError(
             f"{root} holds a run with another configuration ({'; '.join(changed[:5])}); use "
-            "another --output-dir, or start over with --phase all --resume never"
+            "another --output-dir, or give the same values"
         )
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
-    for key, value in now.items():
-        if not path and key in _FREE_KEYS:
-            continue
-        if isinstance(value, dict):
-            yield from _differences(before[key], value, f"{path}{key}.")
-        elif before[key] != value:
-            yield f"{path}{key}: {before[key]!r} there, {value!r} now"

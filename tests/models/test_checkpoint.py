@@ -81,6 +81,22 @@ def test_the_newest_two_and_the_protected_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [7]
 
 
+def test_a_folder_that_holds_something_of_the_users_is_not_pruned(tmp_path: Path) -> None:
+    (tmp_path / "step-00000000").mkdir()
+    mine = [tmp_path / "step-00000000" / "mine", save(tmp_path, 1) / "notes.txt"]
+    for file in mine:
+        file.write_text("mine")
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    assert steps(tmp_path) == [0, 1, 3, 4]
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+    # Nor where an older run's steps are set aside.
+    (tmp_path / "abandoned-step-00000004").mkdir()
+    (tmp_path / "abandoned-step-00000004" / "mine").write_text("mine")
+    save(tmp_path, 2)
+    assert (tmp_path / "abandoned-step-00000004" / "mine").read_text() == "mine"
+
+
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
     save(tmp_path, 1)
     spoil(save(tmp_path, 2))
@@ -213,7 +229,7 @@ def test_auto_never_and_a_path(tmp_path: Path) -> None:
 
 def test_auto_does_not_start_again_over_damaged_checkpoints(tmp_path: Path) -> None:
     spoil(save(tmp_path, 1))
-    with pytest.raises(CheckpointError, match="--resume never"):
+    with pytest.raises(CheckpointError, match="choose another run folder"):
         resolve_resume(tmp_path, "auto")
 
 

@@ -62,7 +62,7 @@ def test_a_link_that_leads_nowhere_is_left_alone_unless_it_is_listed(folder: Pat
 
 @pytest.mark.parametrize("name", ["a\0b", "a\udcffb\ud800", "a" * 5000])
 def test_a_folder_of_an_impossible_name_is_named(name: str) -> None:
-    with pytest.raises(ModelFileError, match="no such folder; check the path"):
+    with pytest.raises(ModelFileError, match=r"no such folder \(.*\); check the path"):
         load_folder(name)
 
 

@@ -229,7 +229,7 @@ TABLE: dict[str, list[Way]] = {
         Way(_pickle_with_code, "asks for", "ema_0.9_1.pt", "save one alone"),
     ],
     "CheckpointError": [
-        Way(_all_damaged, "none of its", "checkpoints/teacher", "--resume never"),
+        Way(_all_damaged, "none of its", "checkpoints/teacher", "choose another run folder"),
         Way(lambda f, p: resolve_resume(f, f / "step-00000001"), "no such folder",
             "step-00000001", "check the path"),
     ],

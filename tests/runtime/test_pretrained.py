@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ import tiny
 
 import dlmone_fast
 from dlmone_fast.data import layout
-from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.errors import BackendUnavailableError, ModelFileError, UsageError
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import write_manifest
 from dlmone_fast.runtime import Generator, hub, loading
@@ -153,3 +156,41 @@ def test_a_tokenizer_that_changes_behind_the_manifest_is_refused(
     monkeypatch.setattr(loading, "load_folder", changed_after)
     with pytest.raises(ModelFileError, match=r"tokenizer\.json: was changed while it was read"):
         dlmone_fast.from_pretrained(folder)
+
+
+def test_the_folder_of_a_run_names_the_models_in_it(tmp_path: Path):
+    for name in ("teacher", "stage1"):
+        tiny.save(tmp_path / "demo" / name)
+    expected = r"demo: is the folder of a training run.*demo/stage1 \(or its teacher\)"
+    for load in (dlmone_fast.load, dlmone_fast.load_teacher, load_folder):
+        with pytest.raises(ModelFileError, match=expected):
+            load(tmp_path / "demo")
+    tiny.save(tmp_path / "demo" / "stage2")
+    with pytest.raises(ModelFileError, match="demo/stage2"):
+        dlmone_fast.generate("ba", model=tmp_path / "demo")
+
+
+def test_a_hub_id_that_is_loaded_names_the_way_to_it(tmp_path: Path):
+    with pytest.raises(ModelFileError, match=r"from_pretrained\('user/model', download=True\)"):
+        dlmone_fast.load("user/model")
+    with pytest.raises(ModelFileError, match="no such folder") as caught:
+        dlmone_fast.load(tmp_path / "none")
+    assert "from_pretrained" not in str(caught.value)
+
+
+def test_int8_without_prompts_names_the_argument(tmp_path: Path):
+    with pytest.raises(BackendUnavailableError, match="calibration="):
+        dlmone_fast.load(tiny.save(tmp_path / "model"), dtype="int8")
+
+
+def test_a_loaded_model_is_not_sent_to_another_process(tmp_path: Path):
+    generator = dlmone_fast.load(tiny.save(tmp_path / "model"), backend="eager")
+    expected = r"cannot be sent to another process.*dlmone_fast\.load\('.*/model'\)"
+    context = multiprocessing.get_context("spawn")
+    for send in (
+        lambda: pickle.dumps(generator),
+        lambda: copy.deepcopy(generator),
+        lambda: context.Process(target=print, args=(generator,)).start(),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            send()

@@ -273,7 +273,8 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(
 ):
     server = start("--model", str(tmp_path / "missing"))
     assert server.process.wait(60) == EXIT_MODEL
-    assert server.log.read_text() == f"error: {tmp_path}/missing: no such folder; check the path\n"
+    expected = f"{tmp_path}/missing: no such folder (No such file or directory); check the path"
+    assert server.log.read_text() == f"error: {expected}\n"
 
 
 def test_a_port_that_is_taken_and_a_bad_option_are_named(model: Path, start: Callable[..., Server]):

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ import torch
 
 from dlmone_fast.config import Config
 from dlmone_fast.errors import CheckpointError, ConfigError, DataError
+from dlmone_fast.files import write_atomically
 from dlmone_fast.models.folder import load_folder
-from dlmone_fast.training import RunResult, pipeline, run, train_teacher, workspace
+from dlmone_fast.training import RunResult, pipeline, run, run_files, train_teacher, workspace
 
 Make = Callable[..., Config]
 
@@ -35,21 +36,35 @@ def copied(finished: RunResult, tmp_path: Path) -> RunResult:
     return RunResult(root, workspace, root / "teacher", root / "stage2")
 
 
-def test_a_finished_phase_of_other_data_is_not_taken_for_this_one(copied: RunResult) -> None:
-    rows = copied.root / "data" / "train.jsonl"
-    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows.write_text("".join(lines[:-1]), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"teacher: was made from another train than"):
-        run(copied.workspace.config)
+@pytest.fixture
+def of_rows(tiny: Make, finished: RunResult, tmp_path: Path) -> Config:
+    """A run on a folder of rows that may be changed, without a run folder yet."""
+    shutil.copytree(finished.root / "data", tmp_path / "rows")
+    return tiny(
+        tmp_path / "run", data_dir=str(tmp_path / "rows"), data={"task": "custom"},
+        teacher={"steps": 2},
+    )  # fmt: skip
 
 
-def test_a_checkpoint_of_other_data_is_refused(copied: RunResult) -> None:
-    shutil.rmtree(copied.root / "teacher")
-    rows = copied.root / "data" / "valid.jsonl"
+def without_the_last_row(config: Config, split: str) -> None:
+    rows = Path(config.data_dir) / f"{split}.jsonl"
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]), encoding="utf-8")
+
+
+def test_a_finished_phase_of_other_data_is_not_taken_for_this_one(of_rows: Config) -> None:
+    train_teacher(of_rows)
+    without_the_last_row(of_rows, "valid")
+    with pytest.raises(ConfigError, match=r"teacher: was made from another valid than") as caught:
+        train_teacher(of_rows)
+    assert "never" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_data_is_refused(of_rows: Config) -> None:
+    shutil.rmtree(train_teacher(of_rows))
+    without_the_last_row(of_rows, "valid")
     with pytest.raises(ConfigError, match=r"step-\d+: was made from another valid than"):
-        run(copied.workspace.config, "teacher")
+        train_teacher(of_rows)
 
 
 def test_a_student_of_another_teacher_is_not_taken_for_this_ones(copied: RunResult) -> None:
@@ -70,10 +85,12 @@ def test_a_run_folder_that_cannot_be_made_is_named(tiny: Make, tmp_path: Path) -
 def test_a_configuration_that_cannot_be_written_is_named(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, chunks: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: Path, chunks: Iterable[bytes]) -> None:
+        if path.name == "config.toml":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, chunks)
 
-    monkeypatch.setattr(workspace, "write_atomically", full)
+    monkeypatch.setattr(run_files, "write_atomically", full)
     with pytest.raises(CheckpointError, match=r"config\.toml: cannot be written \(No space left"):
         train_teacher(tiny(tmp_path / "run"))
 
@@ -95,7 +112,7 @@ def test_an_earlier_configuration_that_cannot_be_read_is_named(
     file = tmp_path / "run" / "config.toml"
     file.parent.mkdir()
     file.mkdir() if content is None else file.write_bytes(content)
-    wanted = rf"^{re.escape(str(file))}: is not a configuration of this version \({message}.*never$"
+    wanted = rf"^{re.escape(str(file))}: is not a configuration that a run .* \({message}.*away$"
     with pytest.raises(ConfigError, match=wanted):
         train_teacher(tiny(tmp_path / "run"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from types import FunctionType
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dlmone_fast.files import prove_writable
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.engines.base import Engine, Runner
 from dlmone_fast.runtime.engines.buckets import bucket_of, padded, parts_of
@@ -100,6 +102,26 @@ def _copy_of_function(function: Any) -> Any:
 
 def why_not_compile(device: torch.device) -> str | None:
     """None, or why torch.compile cannot run on a device here."""
+    return _why_no_compiler(device) or _why_no_cache()
+
+
+def _why_no_cache() -> str | None:
+    """None, or why what is compiled cannot be kept in torch's folder for it."""
+    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    try:
+        # torch's own folder is one in here.
+        place = place or tempfile.gettempdir()
+        prove_writable(os.path.join(place, "kept"))
+    except OSError as error:
+        return (
+            f"torch.compile keeps what it compiles in {place or 'a temporary folder'}, which "
+            f"cannot be written ({error.strerror or error}): set TORCHINDUCTOR_CACHE_DIR to a "
+            "folder that can"
+        )
+    return None
+
+
+def _why_no_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         found = importlib.util.find_spec("triton") is not None
         return None if found else "torch.compile needs triton on a GPU (pip install triton)"

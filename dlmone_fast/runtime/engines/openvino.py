@@ -221,7 +221,10 @@ def why_not_openvino(request: EngineRequest) -> str | None:
     if request.precision == "int8" and importlib.util.find_spec("nncf") is None:
         return f"int8 needs nncf: {_INSTALL}"
     if request.precision == "int8" and request.examples is None:
-        return "int8 is calibrated on prompts, and the model folder gives none"
+        return (
+            "int8 measures its scales on prompts: pass calibration= with some hundred of them "
+            "(--calibration FILE to a command)"
+        )
     return None
 
 

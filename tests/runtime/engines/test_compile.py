@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+from tiny_training import tiny_config
 
+from dlmone_fast.errors import BackendUnavailableError
 from dlmone_fast.runtime.engines import choose, compiled, make_engine
+from dlmone_fast.training.workspace import open_workspace
 
 
 def test_a_compiled_network_is_the_denoiser(monkeypatch: pytest.MonkeyPatch):
@@ -50,3 +55,15 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "triton" in str(compiled.why_not_compile(torch.device("cuda")))
     int8 = choose.EngineRequest(tiny.denoiser(), "int8")
     assert "int8" in str(choose.why_unavailable("compile", int8))
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compiled, "_why_no_compiler", lambda device: None)
+    expected = r"file/cache, which cannot be written.*set TORCHINDUCTOR_CACHE_DIR"
+    with pytest.raises(BackendUnavailableError, match=expected):
+        make_engine("compile", choose.EngineRequest(tiny.denoiser(), "fp32"))
+    config = tiny_config(tmp_path / "run", compile=True)
+    with pytest.raises(BackendUnavailableError, match=expected):
+        open_workspace(config)
