@@ -199,10 +199,11 @@ class BatchStream:
         for start in range(0, whole, _POOL):
             pool = batches[start : start + _POOL]
             rows = pool.reshape(-1)
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(pool.shape)
+            by_length = np.argsort(self.lengths[rows], kind="stable")
+            sorted_pool = rows[by_length].reshape(pool.shape)
             number = epoch * -(-whole // _POOL) + start // _POOL
             mixed = permutation(self.seed, Stream.BATCH_ORDER, number % LIMIT, len(pool))
-            batches[start : start + _POOL] = rows[mixed.numpy()]
+            batches[start : start + _POOL] = sorted_pool[mixed.numpy()]
         return np.concatenate([order[:first], batches.reshape(-1), order[first + whole * size :]])
 
 

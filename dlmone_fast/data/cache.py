@@ -32,6 +32,7 @@ from dlmone_fast.data.rows import Row, read_rows
 from dlmone_fast.errors import DataError
 from dlmone_fast.files import fsync_directory, write_atomically
 from dlmone_fast.text_tokenizer import TextTokenizer
+from dlmone_fast.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -181,14 +182,14 @@ def _write_arrays(folder: Path, data_path: Path, tokenizer: TextTokenizer) -> tu
             trg.append(targets)
             count += len(sources)
             dropped += without
-            if tokenizer.kind == "wordpiece":
+            if isinstance(tokenizer, Tokenizer):
                 fidelity.add(tokenizer, [row.src for row in chunk], sources)
                 fidelity.add(tokenizer, [row.trg for row in chunk], targets)
         complete = True
     finally:
         src.close(complete=complete)
         trg.close(complete=complete)
-    if tokenizer.kind == "wordpiece":
+    if isinstance(tokenizer, Tokenizer):
         with contextlib.suppress(OSError):
             print(fidelity.line(data_path.name), file=sys.stderr)
     return count, dropped

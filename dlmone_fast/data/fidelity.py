@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from dlmone_fast.data.rows import find_split, read_rows
-from dlmone_fast.text_tokenizer import TextTokenizer
+from dlmone_fast.tokenizer import Tokenizer
 
 _ROWS = 2048
 
@@ -33,7 +33,7 @@ class Fidelity:
     unknown: int = 0
 
     def add(
-        self, tokenizer: TextTokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]]
+        self, tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]]
     ) -> None:
         """Count texts and the ids that `tokenizer.encode` made of them."""
         for text, ids in zip(texts, encoded, strict=True):
@@ -60,7 +60,7 @@ class Fidelity:
         return told
 
 
-def split_fidelity(data_dir: str | Path, split: str, tokenizer: TextTokenizer) -> Fidelity:
+def split_fidelity(data_dir: str | Path, split: str, tokenizer: Tokenizer) -> Fidelity:
     """Read a split and count what the tokenizer loses of it.
 
     Raises:

@@ -132,10 +132,8 @@ def at_full_length(ids: Tensor, mask: Tensor, sizes: ModelConfig) -> tuple[Tenso
 
 def source_lengths(cache: TokenCache) -> IntArray:
     """Tokens of each row's source, int64 [rows]; the sides of exchanged rows change places."""
-    lengths = np.diff(np.asarray(cache.src_offsets))
-    if not cache.both_directions:
-        return lengths
-    return np.concatenate([lengths, np.diff(np.asarray(cache.trg_offsets))])
+    sides = [cache.src_offsets, cache.trg_offsets] if cache.both_directions else [cache.src_offsets]
+    return np.concatenate([side[1:] - side[:-1] for side in sides])
 
 
 def _empty(sources: Sequence[Sequence[int]], sizes: ModelConfig) -> tuple[IntArray, IntArray]:
