@@ -96,7 +96,9 @@ def test_the_config_holds_the_sizes_of_the_tensors(tmp_path: Path) -> None:
         "norm": "post",
         "normalize_embedding": False,
         "noise_scale": 1.0,
+        "source": "joined",
         "source_positions": 0,
+        "source_window": 1,
         "self_conditioning": False,
     }
     assert config["diffusion"] == {

@@ -137,7 +137,7 @@ def test_the_command_hands_over_when_it_began(
     file = tmp_path / "config.toml"
     file.write_text(to_toml(finished.workspace.config), encoding="utf-8")
     train.main(["--config", str(file), "--phase", "teacher", "--max-minutes", "2.5"])
-    ((config, phase, _, _, started),) = seen
+    ((config, phase, _, _, started, _),) = seen
     assert (config.max_minutes, phase) == (2.5, "teacher")
     assert 0 <= signals.monotonic() - started < 60
 
