@@ -17,7 +17,7 @@ COMMANDS = [
     name
     for name in (
         "train", "evaluate", "sample", "serve", "generate_bulk", "import_diffuseq", "doctor",
-        "release",
+        "release", "start", "train_autoregressive", "distil_targets",
     )
     if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__main__.py").exists()
 ]  # fmt: skip

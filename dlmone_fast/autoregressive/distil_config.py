@@ -4,14 +4,19 @@ Annotations here are types and not strings: reading strings is a twentieth of wh
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from dlmone_fast.config.section import Section, one_of, within
 from dlmone_fast.errors import ConfigError
 
-_Several = tyro.conf.UseAppendAction
+if TYPE_CHECKING:
+    Strings = tuple[str, ...]
+else:
+    # tyro takes a bare tuple's entries as text too, and checks its default without typeguard,
+    # whose import is a quarter of what `--help` takes.
+    Strings = Annotated[tuple, tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class DistillationConfig(Section):
     test are copied."""
     output_dir: str = ""
     """Folder to write; OUTPUT_DIR.parts beside it holds what is done while it runs."""
-    model: Annotated[tuple[str, ...], _Several] = ()
+    model: Strings = ()
     """Model folder of dlmone_fast.train_autoregressive. Given several times: the majority of the
     models' greedy texts."""
     samples: int = 1
@@ -37,7 +42,7 @@ class DistillationConfig(Section):
     """The targets of the training split are sources as well."""
     sources: str = ""
     """File of further sources, one a line."""
-    exclude: Annotated[tuple[str, ...], _Several] = ()
+    exclude: Strings = ()
     """A split of --data-dir or a file, one source a line, whose sources are kept out of training;
     may be given several times. Default: test, where there is one."""
     drop_repeats: str = "auto"

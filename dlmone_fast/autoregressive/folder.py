@@ -57,7 +57,7 @@ class StoredModel:
 
     path: Path
     model: EncoderDecoder
-    vocabulary: Symbols | WordPiece
+    vocabulary: Vocabulary
     source: dict[str, Any]
     """What the model was trained on and how far, as the training wrote it."""
     sha256: str

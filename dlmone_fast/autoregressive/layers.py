@@ -10,7 +10,8 @@ B = batch, L = target positions, S = source positions, N = heads, D = width of a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 LAYER_NORM_EPS = 1e-12
 _BYTE = 256
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class KeysValues(NamedTuple):
@@ -127,3 +130,13 @@ class Residual(nn.Module):
         """The sum that goes on, of the layer's input and the part's output."""
         summed = x + self.dropout(part)
         return summed if self.pre else self.norm(summed)
+
+
+class Layers(nn.ModuleList, Generic[Layer]):
+    """Layers of one class; torch's own list tells a type checker only that they are modules."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        super().__init__(layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return cast("Iterator[Layer]", super().__iter__())

@@ -20,6 +20,7 @@ from dlmone_fast.autoregressive.layers import (
     Dropout,
     FeedForward,
     KeysValues,
+    Layers,
     Residual,
     SelfAttention,
     attend,
@@ -143,8 +144,8 @@ class EncoderDecoder(nn.Module):
         source = target if config.shared_vocab else nn.Embedding(config.source_vocab, config.width)
         self.source = Embedding(source, config.source_positions, config)
         self.target = Embedding(target, config.target_positions, config)
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.encoder = Layers(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.decoder = Layers(DecoderLayer(config) for _ in range(config.decoder_layers))
         if config.norm == "pre":
             self.encoder_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
             self.decoder_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
@@ -161,9 +162,7 @@ class EncoderDecoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of products and activations: the linear layers'."""
-        layer = self.encoder[0].ffn.up
-        assert isinstance(layer, nn.Linear)
-        return layer.weight.dtype
+        return next(iter(self.encoder)).ffn.up.weight.dtype
 
     def forward(self, source: Tensor, padded: Tensor | None, target: Tensor) -> Tensor:
         """Hidden states [B, L, H] after each token of target [B, L], its first mark included.

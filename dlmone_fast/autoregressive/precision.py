@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlmone_fast.autoregressive.model import EncoderDecoder
 from dlmone_fast.training.workspace import multiplies_bf16
@@ -43,18 +43,20 @@ class WorkingCopy:
         if bf16:
             self.network = copy.deepcopy(model)
             _lower(self.network)
-        self._weights = list(model.parameters())
-        self._copies = list(self.network.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
+        self._copies: list[Tensor] = list(self.network.parameters())
 
     def take_gradients(self) -> None:
         """Give the model the network's gradients, and clear those."""
         if self.network is self.model:
             return
+        taken: list[Tensor] = []
         for weight in self._weights:
             if weight.grad is None:
                 weight.grad = torch.empty_like(weight)
+            taken.append(weight.grad)
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._copies]
-        torch._foreach_copy_([w.grad for w in self._weights], gradients)
+        torch._foreach_copy_(taken, gradients)
         for p in self._copies:
             p.grad = None
 

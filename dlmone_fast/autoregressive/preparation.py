@@ -10,7 +10,7 @@ from pathlib import Path
 from dlmone_fast.autoregressive.batches import Dropped, Pairs, encode_pairs
 from dlmone_fast.autoregressive.config import ModelConfig, TrainingConfig
 from dlmone_fast.autoregressive.vocabulary import (
-    Symbols,
+    Vocabulary,
     WordPiece,
     learn_symbols,
 )
@@ -28,7 +28,7 @@ class Prepared:
 
     config: TrainingConfig
     """With the sizes that vocabulary and start decide."""
-    vocabulary: Symbols | WordPiece
+    vocabulary: Vocabulary
     train: Pairs
     valid: Pairs
     valid_rows: list[Row]
@@ -82,7 +82,7 @@ def prepare(config: TrainingConfig) -> Prepared:
 
 def _vocabulary(
     config: TrainingConfig, rows: Sequence[Row], start: Pretrained | None
-) -> Symbols | WordPiece:
+) -> Vocabulary:
     if config.tokens == "symbols":
         return learn_symbols([(row.src, row.trg) for row in rows], config.lowercase)
     texts = [text for row in rows for text in (row.src, row.trg)]
@@ -94,16 +94,19 @@ def _vocabulary(
     return WordPiece(Tokenizer.learn(texts, config.vocab_size, config.lowercase))
 
 
-def _model(
-    model: ModelConfig, vocabulary: Symbols | WordPiece, start: Pretrained | None
-) -> ModelConfig:
+def _model(model: ModelConfig, vocabulary: Vocabulary, start: Pretrained | None) -> ModelConfig:
     sizes = {"source_vocab": vocabulary.source_size, "target_vocab": vocabulary.target_size}
     for name, size in sizes.items():
         if getattr(model, name) not in (0, size):
             raise ConfigError(
                 f"model.{name} is {getattr(model, name)}, the vocabulary has {size}; set it to 0"
             )
-    model = dataclasses.replace(model, **sizes, shared_vocab=vocabulary.shared)
+    model = dataclasses.replace(
+        model,
+        source_vocab=vocabulary.source_size,
+        target_vocab=vocabulary.target_size,
+        shared_vocab=vocabulary.shared,
+    )
     if start is None:
         return model
     for name in ("source_positions", "target_positions"):
@@ -124,7 +127,7 @@ def _model(
     )
 
 
-def _scored(rows: list[Row], vocabulary: Symbols | WordPiece) -> list[Row]:
+def _scored(rows: list[Row], vocabulary: Vocabulary) -> list[Row]:
     """All rows; of symbols those whose characters are known, as the others can only be refused."""
     if vocabulary.kind == WordPiece.kind:
         return rows

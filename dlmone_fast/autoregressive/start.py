@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dlmone_fast.autoregressive.layers import CrossAttention, FeedForward, SelfAttention
-from dlmone_fast.autoregressive.model import Embedding, EncoderDecoder
+from dlmone_fast.autoregressive.model import (
+    DecoderLayer,
+    Embedding,
+    EncoderDecoder,
+    EncoderLayer,
+)
 from dlmone_fast.models.pretrained import Pretrained
 from dlmone_fast.tokenizer import Tokenizer
 
@@ -26,17 +31,12 @@ def start_from(model: EncoderDecoder, pretrained: Pretrained, tokenizer: Tokeniz
     model.target.tokens.weight.copy_(pretrained.rows_of(tokenizer))
     for side in (model.source, model.target):
         _embedding(side, pretrained)
-    for index, layer in enumerate(model.encoder):
-        _attention(layer.attention, pretrained, index)
-        _copy(layer.attention_sum.norm, pretrained.layer(index, "attention.output.LayerNorm"))
-        _feed_forward(layer.ffn, layer.ffn_sum.norm, pretrained, index)
-    for index, layer in zip(_decoder_layers(pretrained.layers), model.decoder, strict=True):
-        norm = pretrained.layer(index, "attention.output.LayerNorm")
-        _attention(layer.attention, pretrained, index)
-        _cross_attention(layer.cross, pretrained, index)
-        for part in (layer.attention_sum, layer.cross_sum):
-            _copy(part.norm, norm)
-        _feed_forward(layer.ffn, layer.ffn_sum.norm, pretrained, index)
+    for index, encoder in enumerate(model.encoder):
+        _layer(encoder, pretrained, index)
+    for index, decoder in zip(_decoder_layers(pretrained.layers), model.decoder, strict=True):
+        _layer(decoder, pretrained, index)
+        _cross_attention(decoder.cross, pretrained, index)
+        _copy(decoder.cross_sum.norm, pretrained.layer(index, "attention.output.LayerNorm"))
 
 
 def _decoder_layers(layers: int) -> list[int]:
@@ -51,6 +51,12 @@ def _embedding(side: Embedding, pretrained: Pretrained) -> None:
     side.positions.weight.copy_(positions + tensors["embeddings.token_type_embeddings.weight"][0])
     for kind in ("weight", "bias"):
         getattr(side.norm, kind).copy_(tensors[f"embeddings.LayerNorm.{kind}"])
+
+
+def _layer(layer: EncoderLayer | DecoderLayer, pretrained: Pretrained, index: int) -> None:
+    _attention(layer.attention, pretrained, index)
+    _copy(layer.attention_sum.norm, pretrained.layer(index, "attention.output.LayerNorm"))
+    _feed_forward(layer.ffn, layer.ffn_sum.norm, pretrained, index)
 
 
 def _attention(attention: SelfAttention, pretrained: Pretrained, index: int) -> None:

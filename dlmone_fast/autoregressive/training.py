@@ -27,6 +27,7 @@ from dlmone_fast.autoregressive.model import EncoderDecoder
 from dlmone_fast.autoregressive.precision import WorkingCopy, is_bf16
 from dlmone_fast.autoregressive.preparation import Prepared, prepare
 from dlmone_fast.autoregressive.scoring import score_symbols, score_texts
+from dlmone_fast.autoregressive.vocabulary import WordPiece
 from dlmone_fast.config import to_dict
 from dlmone_fast.errors import ConfigError, InterruptedAndSavedError
 from dlmone_fast.models.checkpoint import (
@@ -112,7 +113,9 @@ class Training:
         if prepared.start is not None:
             from dlmone_fast.autoregressive.start import start_from
 
-            start_from(self.model, prepared.start, prepared.vocabulary.tokenizer)  # type: ignore[union-attr]
+            # A start decides the vocabulary: pieces of its own.
+            assert isinstance(prepared.vocabulary, WordPiece)
+            start_from(self.model, prepared.start, prepared.vocabulary.tokenizer)
         self.model.train()
         self.copy = WorkingCopy(self.model, is_bf16(config.precision))
         self.optimizer = _adamw(self.model, config)
@@ -289,7 +292,8 @@ class Training:
 
 def _adamw(model: EncoderDecoder, config: TrainingConfig) -> torch.optim.AdamW:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for p in model.parameters():
         (decayed if p.dim() > 1 and id(p) not in tables else free).append(p)
     groups = [

@@ -7,9 +7,10 @@ wordpiece   the project's WordPiece on both sides
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dlmone_fast.errors import DataError, ModelFileError, PromptError
 from dlmone_fast.models.plainfiles import dump_json, parse_json, read_bytes
@@ -22,8 +23,10 @@ _MAX_SYMBOLS = 100_000
 _MAX_CHARS = 20_000
 _MAX_FILE_BYTES = 16 << 20
 
+Pair = tuple[list[int], list[int]]
 
-class Vocabulary(Protocol):
+
+class Vocabulary(ABC):
     """Ids of sources and targets. Every list of ids ends with `end_id`; targets begin with
     `start_id`."""
 
@@ -37,41 +40,50 @@ class Vocabulary(Protocol):
     shared: bool
 
     @property
-    def source_size(self) -> int: ...
+    @abstractmethod
+    def source_size(self) -> int:
+        """Number of source ids."""
 
     @property
-    def target_size(self) -> int: ...
+    @abstractmethod
+    def target_size(self) -> int:
+        """Number of target ids."""
 
     @property
+    @abstractmethod
     def hash(self) -> str:
         """Of everything that decides about ids."""
 
+    @abstractmethod
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of sources; raises PromptError that names the text and what is unknown in it."""
 
+    @abstractmethod
     def reads(self, texts: Sequence[str]) -> list[bool]:
         """Whether the vocabulary knows everything in each of some sources."""
 
+    @abstractmethod
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Pair | None], int]:
         """Ids of pairs for training; None for one that cannot be spelled, and their number."""
 
+    @abstractmethod
     def text(self, ids: Sequence[int]) -> str:
         """The text of target ids, marks left out."""
 
+    @abstractmethod
     def normal(self, text: str) -> str:
         """A text of the target's side as a perfect model would write it."""
 
+    @abstractmethod
     def normal_source(self, text: str) -> str:
         """What a text of the target's side would be if it copied this source; empty: it cannot."""
 
+    @abstractmethod
     def file_text(self) -> str:
         """The content of `file_name`."""
 
 
-Pair = tuple[list[int], list[int]]
-
-
-class Symbols:
+class Symbols(Vocabulary):
     """Characters in, symbols out; the two vocabularies have nothing in common but the marks."""
 
     kind = "symbols"
@@ -196,7 +208,7 @@ class Symbols:
         return [*(self._source_ids[char] for char in text), self.end_id]
 
 
-class WordPiece:
+class WordPiece(Vocabulary):
     """The project's WordPiece, one vocabulary for both sides."""
 
     kind = "wordpiece"
@@ -245,7 +257,7 @@ class WordPiece:
         return self.tokenizer.to_json()
 
 
-def read_vocabulary(folder: Path, kind: str) -> Symbols | WordPiece:
+def read_vocabulary(folder: Path, kind: str) -> Vocabulary:
     """The vocabulary of a folder whose manifest was checked."""
     if kind == WordPiece.kind:
         return WordPiece(Tokenizer.from_file(folder / TOKENIZER_NAME))
