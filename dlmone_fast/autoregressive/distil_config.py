@@ -4,19 +4,10 @@ Annotations here are types and not strings: reading strings is a twentieth of wh
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
+from dlmone_fast.config.repeated import Strings
 from dlmone_fast.config.section import Section, one_of, within
 from dlmone_fast.errors import ConfigError
-
-if TYPE_CHECKING:
-    Strings = tuple[str, ...]
-else:
-    # tyro takes a bare tuple's entries as text too, and checks its default without typeguard,
-    # whose import is a quarter of what `--help` takes.
-    Strings = Annotated[tuple, tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dlmone_fast.cli import parse, run_command
+from dlmone_fast.config.repeated import Strings
 from dlmone_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class ReleaseArgs:
     """The data's terms, for the card of any other task than qqp."""
     schedule: str = "gpu"
     """gpu, cpu, cpu-e2e, g2p-en or smoke."""
-    rival: tuple[str, ...] = ()
+    rival: Strings = ()
     """g2p-en: folders of autoregressive models that stand in the table."""
     output_dir: str = ""
     """The run's folder; default: runs/release-TASK-SCHEDULE."""
