@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend, precision in itertools.product(options.backends, options.precisions):
         try:
             model = load_model(
-                options.model, backend=backend, dtype=precision, calibration=calibration
+                options.model,
+                backend=backend,
+                dtype=precision,
+                calibration=calibration if precision == "int8" else None,
             )
         except BackendUnavailableError as error:
             print(error, file=sys.stderr)

@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.boundaries import ALONE, BLANK
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.files import write_atomically
@@ -77,6 +78,7 @@ class Tokenizer:
         """Raise ModelFileError for a vocabulary that lacks a special token or repeats one."""
         if not isinstance(max_chars, int) or not 1 <= max_chars <= 2**31:
             raise UsageError(f"max_chars: expected 1 to {2**31}, got {max_chars!r}")
+        refuse_one("vocabulary", vocabulary)
         self.vocabulary = tuple(vocabulary)
         self.lowercase = lowercase
         self.strip_accents = strip_accents
@@ -95,6 +97,11 @@ class Tokenizer:
     def from_vocab_file(cls, path: str | Path, lowercase: bool = True) -> Tokenizer:
         """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id."""
         text = _read_text(Path(path))
+        if _is_json_object(text):
+            raise ModelFileError(
+                f"{path}: is JSON, as a tokenizer.json is; expected a vocab.txt with one token a "
+                "line: give that file, or write the keys of model.vocab in order of their ids"
+            )
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         return _named(Path(path), lambda: cls(tokens, lowercase=lowercase))
 
@@ -120,6 +127,7 @@ class Tokenizer:
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Tokenizer:
         """Build a word-level vocabulary: special tokens 0..4, then `words`, each one token."""
+        refuse_one("words", words)
         tokenizer = cls([*SPECIAL_TOKENS, *words])
         for word in tokenizer.vocabulary[len(SPECIAL_TOKENS) :]:
             if tokenizer._split(word) != [word]:
@@ -140,6 +148,7 @@ class Tokenizer:
             raise UsageError(
                 f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size!r}"
             )
+        refuse_one("texts", texts)
         splitter = cls(SPECIAL_TOKENS, lowercase=lowercase)
         counts: Counter[str] = Counter()
         for index, text in enumerate(texts):
@@ -153,15 +162,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.vocabulary)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], named: Callable[[int], str] = "texts[{}]".format
+    ) -> list[list[int]]:
         """Return `[CLS] … [SEP]` ids of each text, in order and never truncated.
 
         No text yields a special token's id, except [UNK] for what the vocabulary lacks.
-        Raise PromptError for a text that is not a str, not Unicode or over `max_chars`.
+        Raise PromptError for a text that is not a str, not Unicode or over `max_chars`; it is
+        called `named(place)`, as the caller knows it.
         """
-        if isinstance(texts, str):
-            raise PromptError("texts: expected a list of str, got one str; wrap it in a list")
-        checked = [self._checked(text, f"texts[{i}]") for i, text in enumerate(texts)]
+        refuse_one("texts", texts, PromptError)
+        checked = [self._checked(text, named(i)) for i, text in enumerate(texts)]
         return [encoding.ids for encoding in self._encode_batch(checked)]
 
     def is_surely_longer(self, text: str, ids: int) -> bool:
@@ -359,6 +370,17 @@ def _read_text(path: Path, sha256: str = "") -> str:
         ) from error
     except UnicodeDecodeError as error:
         raise ModelFileError(f"{path}: not UTF-8 ({error}); copy the file again") from error
+
+
+def _is_json_object(text: str) -> bool:
+    # No vocabulary begins so and is JSON to its end.
+    if not text.lstrip("\ufeff \t\r\n").startswith("{"):
+        return False
+    try:
+        json.loads(text.lstrip("\ufeff"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _named(path: Path, build: Callable[[], Tokenizer]) -> Tokenizer:

@@ -22,6 +22,7 @@ from dlmone_fast.config import (
     to_dict,
     unchecked,
 )
+from dlmone_fast.config.unread import refuse_unread
 from dlmone_fast.errors import UsageError
 
 PROG = "python -m dlmone_fast.train"
@@ -51,6 +52,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     arguments = _arguments(args)
     config = from_dict(to_dict(arguments.settings))
+    refuse_unread(config)
     teacher = arguments.teacher_folder
     if teacher:
         if not (_value(args, "--preset") or _value(args, "--config")):

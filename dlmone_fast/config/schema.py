@@ -231,7 +231,7 @@ class Config(Section):
     preset: str = "grammar"
     """The preset that this configuration started from."""
     data_dir: str = ""
-    """Folder with {train,valid,test}.jsonl[.gz]; not used by the generated grammar tasks."""
+    """Folder with {train,valid,test}.jsonl[.gz]; the generated grammar tasks have none."""
     output_dir: str = ""
     """Folder of the run; empty: runs/<preset>."""
     seed: int = 0
@@ -288,6 +288,12 @@ class Config(Section):
             )
 
     def _check_task(self) -> None:
+        if self.data_dir and self.is_grammar:
+            raise ConfigError(
+                f"data_dir is {shown(self.data_dir)}, and data.task {self.data.task!r} reads no "
+                "data: it writes its own; name a preset or a --config file for yours (--preset "
+                "qqp-small --data.task custom), or leave data_dir out"
+            )
         if self.distill.selection_metric == "balanced" and not self.is_grammar:
             raise ConfigError(
                 "distill.selection_metric = 'balanced' needs data.task = 'grammar' or "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import write_atomically
 
@@ -44,6 +45,7 @@ def read_generations(paths: Sequence[str | os.PathLike[str]]) -> GenerationSet:
     the data are kept, since published test sets have some. Raises `DataError` with file, line
     and reason for anything else than well-formed, corresponding, non-empty files.
     """
+    refuse_one("generations", paths)
     if not paths:
         raise UsageError("generations: expected at least 1 file, got 0.")
     files = [Path(path) for path in paths]
@@ -148,6 +150,9 @@ def write_generations(
 
     The file appears whole or not at all; an existing one is replaced.
     """
+    refuse_one("sources", sources)
+    refuse_one("references", references)
+    refuse_one("recovered", recovered)
     lines = [
         json.dumps({"recover": text, "reference": reference, "source": source})
         for source, reference, text in zip(sources, references, recovered, strict=True)

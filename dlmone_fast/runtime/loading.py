@@ -16,7 +16,7 @@ from dlmone_fast.models.denoiser import Denoiser, denoiser_from_folder
 from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import GENERATION_NAME, ModelFolder, load_folder
 from dlmone_fast.runtime.generator import Generator
-from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.runtime.options import GenerationSettings, refuse_calibration
 from dlmone_fast.runtime.pool import MAX_QUEUED
 from dlmone_fast.samplers.grids import timestep_grid
 from dlmone_fast.tokenizer import Tokenizer
@@ -50,6 +50,8 @@ def load_model(
     """
     target = pick_device(device)
     precision = pick_precision(dtype, target)
+    if calibration is not None:
+        refuse_calibration(precision)
     folder = load_folder(path)
     denoiser = denoiser_from_folder(folder).to(target)
     tokenizer = _tokenizer(folder, denoiser.config.vocab_size)
