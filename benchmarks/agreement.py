@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dlmone_fast.cli import run_command
 from dlmone_fast.comparison.quality import GRAMMAR, TEXT
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.errors import BackendUnavailableError
@@ -123,4 +124,4 @@ def _quality(model: Generator, rows: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.records import RESULTS, ROOT
+from dlmone_fast.cli import run_command
 
 _SECONDS = 570
 PARTS = {
@@ -160,4 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

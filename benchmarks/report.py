@@ -19,6 +19,7 @@ from benchmarks import latency_study, latency_tables, records, tables, targets
 from benchmarks.quality_tables import QUALITY, quality
 from benchmarks.records import Row, rows_of
 from benchmarks.tables import markdown
+from dlmone_fast.cli import run_command
 from dlmone_fast.evaluation.table import Table
 
 PAGES = records.ROOT / "docs" / "benchmarks"
@@ -278,4 +279,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import io
 import os
 import re
 import sys
@@ -124,6 +125,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     An error of this package, and a full disk, is printed as its message alone; any other
     exception is a defect and keeps its traceback.
     """
+    _print_in_any_encoding()
     try:
         code = main()
         sys.stdout.flush()
@@ -145,6 +147,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         _tell(f"error: {where}: {error.strerror}; free space and run it again")
         sys.exit(EXIT_MODEL)
     sys.exit(EXIT_OK if code is None else code)
+
+
+def _print_in_any_encoding() -> None:
+    """Print what a terminal's encoding lacks as \\xNN or \\uNNNN: no work is lost for a letter."""
+    for stream in (sys.stdout, sys.stderr):
+        # What PYTHONIOENCODING asks for, such as ascii:replace, stays.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _tell(message: str) -> None:

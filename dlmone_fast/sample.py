@@ -14,7 +14,14 @@ from tyro.conf import Positional, arg
 
 from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
 from dlmone_fast.errors import DataError, UsageError
-from dlmone_fast.sources import Source, calibration_prompts, is_jsonl, numbered_lines, source_of
+from dlmone_fast.sources import (
+    Source,
+    calibration_prompts,
+    is_jsonl,
+    numbered_lines,
+    source_of,
+    taken,
+)
 
 if TYPE_CHECKING:
     from dlmone_fast.runtime import Generator
@@ -25,7 +32,8 @@ DESCRIPTION = """Generate a text for each source of a file or of standard input.
 
 Text: one source a line in, one text a line out, in order; line breaks inside a text become
 spaces, and a blank line is an empty source that gets its line like any other. jsonl: objects with
-`src` in, the same objects with `generated` (or `candidates`, if several) and `truncated` out.
+`src` in, the same objects with `generated` (or `candidates`, if several) and `truncated` out; an
+object that has one of these already is refused, not written over (--field-prefix).
 Sources beyond the model's limit are cut and counted on stderr. Exit codes: 0 done, 2 usage,
 3 data, 4 model files, 130 interrupted; with --output nothing is written unless all is done.
 """
@@ -42,7 +50,9 @@ class SampleArgs:
     output: Annotated[OptionalStr, arg(aliases=("-o",), metavar="FILE")] = None
     """Write this file, whole or not at all; default: standard output."""
     format: Literal["auto", "text", "jsonl"] = "auto"
-    """auto: jsonl for input files named so and where the first line is an object with src."""
+    """auto: jsonl for input files named so and where the first line is an object."""
+    field_prefix: str = ""
+    """jsonl: goes before the names of the fields that are added, for rows that have such fields."""
     steps: OptionalInt = None
     """Network calls per text; default: the model's own."""
     sampler: OptionalStr = None
@@ -93,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.model, args.device, args.dtype, backend=args.backend, calibration=calibration
     )
     count = Count()
-    sources = (source_of(args.input, number, line, jsonl) for number, line in lines)
+    sources = _sources(args, lines, jsonl)
     _write(args.output, _generated(args, generator, sources, jsonl, count))
     if count.truncated:
         limit = generator.settings.max_source_tokens
@@ -111,11 +121,28 @@ def _check(args: SampleArgs, jsonl: bool) -> None:
         raise UsageError(f"--seed: expected 0 to {MAX_SEED}, got {args.seed}")
     if args.mbr and args.num_candidates < 2:
         raise UsageError("--mbr: needs candidates to choose from; add --num-candidates 10")
+    if args.field_prefix and not jsonl:
+        raise UsageError("--field-prefix: belongs to jsonl, and the output is text; leave it out")
     if args.num_candidates > 1 and not (args.mbr or jsonl):
         raise UsageError(
             f"--num-candidates {args.num_candidates}: text output has one line a source; add --mbr "
             "to keep the best one, or use --format jsonl"
         )
+
+
+def _added(args: SampleArgs) -> tuple[str, str]:
+    """Names of the fields that a row gets: its texts, and whether it was cut."""
+    texts = "candidates" if args.num_candidates > 1 and not args.mbr else "generated"
+    return args.field_prefix + texts, f"{args.field_prefix}truncated"
+
+
+def _sources(args: SampleArgs, lines: Iterator[tuple[int, bytes]], jsonl: bool) -> Iterator[Source]:
+    added = _added(args)
+    for number, line in lines:
+        source = source_of(args.input, number, line, jsonl)
+        if clash := taken(source.row, added):
+            raise DataError(f"{args.input or 'standard input'}, line {number}: {clash}")
+        yield source
 
 
 def _generated(
@@ -147,15 +174,17 @@ def _generated(
                 truncated = cut or len(source.text) > longest
                 count.truncated += truncated
                 kept = [texts[select_mbr(texts)]] if args.mbr else texts
-                written.append(_jsonl(source, kept, truncated) if jsonl else _line(kept[0]))
+                written.append(
+                    _jsonl(source, kept, truncated, _added(args)) if jsonl else _line(kept[0])
+                )
             count.rows += len(window)
             bar.update(len(window))
             yield "".join(written).encode()
 
 
-def _jsonl(source: Source, texts: list[str], truncated: bool) -> str:
-    result = {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
-    row = {**source.row, **result, "truncated": truncated}
+def _jsonl(source: Source, texts: list[str], truncated: bool, added: tuple[str, str]) -> str:
+    result = texts[0] if len(texts) == 1 else texts
+    row = {**source.row, added[0]: result, added[1]: truncated}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from dlmone_fast.bulk.job import Done, Job
 from dlmone_fast.bulk.shards import InputRow, Shard, read_shard
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.runtime import Generator
+from dlmone_fast.sources import taken
 
 _WINDOW = 4096
 _SHOWN = 1000
@@ -51,7 +52,7 @@ class ShardWriter:
         rows = read_shard(shard, options.column, options.id_column)
         part = job.output / f"{shard.name}.jsonl"
         job.write(part, self._chunks(rows, rejects, counts))
-        refused = part.with_name(f"{shard.name}.rejects.jsonl")
+        refused = job.rejects_file(shard)
         if rejects:
             job.write(refused, rejects)
         else:
@@ -75,12 +76,14 @@ class ShardWriter:
 
     def _checked(self, row: InputRow) -> InputRow:
         """The row, or why the model cannot read it."""
-        if row.reason:
-            return row
+        column = self.job.options.column
+        clash = taken(row.fields, self.job.options.added)
+        if row.reason or clash:
+            return row if row.reason else replace(row, reason=clash)
         try:
-            self.generator.tokenizer.encode([self._cut(row)])
+            self.generator.tokenizer.encode([self._cut(row)], lambda _: repr(column))
         except PromptError as error:
-            return InputRow(row.id, row.fields, reason=str(error))
+            return replace(row, reason=str(error))
         return row
 
     def _rejected(self, row: InputRow, rejects: list[bytes]) -> bool:
@@ -108,7 +111,7 @@ class ShardWriter:
         for at, texts, cut in zip(order, batch.texts, batch.truncated, strict=True):
             truncated = cut or len(rows[at].source) > self.generator.tokenizer.max_chars
             counts["truncated"] += truncated
-            lines[at] = _line(_answer(rows[at], texts, truncated))
+            lines[at] = _line(_answer(rows[at], texts, truncated, options.added))
         counts["rows"] += len(rows)
         return b"".join(lines)
 
@@ -131,9 +134,11 @@ def total(done: Iterable[Done]) -> Done:
     )  # fmt: skip
 
 
-def _answer(row: InputRow, texts: list[str], truncated: bool) -> dict[str, Any]:
-    result = {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
-    return {**row.fields, "row_id": row.id, **result, "truncated": truncated}
+def _answer(
+    row: InputRow, texts: list[str], truncated: bool, added: tuple[str, str, str]
+) -> dict[str, Any]:
+    values = (row.id, texts[0] if len(texts) == 1 else texts, truncated)
+    return {**row.fields, **dict(zip(added, values, strict=True))}
 
 
 def _check_same_engine(job: Job, generator: Generator) -> None:

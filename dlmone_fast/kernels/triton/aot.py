@@ -29,6 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dlmone_fast.cli import run_command
 from dlmone_fast.kernels.triton.support import Build
 
 ARCHITECTURES = (80, 90)
@@ -251,4 +252,4 @@ def _line(usage: Usage) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)
