@@ -172,7 +172,7 @@ def test_head_is_get_without_a_body(server: Server):
     for path in ("/health", "/metrics", "/openapi.json", "/docs"):
         status, headers, body = server.send("HEAD", path)
         assert (status, body) == (200, "")
-        assert headers.keys() == server.send("GET", path)[1].keys()
+        assert headers.get("content-type") == server.send("GET", path)[1].get("content-type")
     assert server.send("HEAD", "/generate")[0] == 405
     assert server.send("HEAD", "/nowhere")[0] == 404
 
