@@ -1,4 +1,4 @@
-"""The tables of docs/small-models.md: short runs that differ in one ingredient.
+"""Short runs that differ in one ingredient: the tables of docs/small-models.md.
 
     python -m benchmarks.ablation grammar --seeds 1 2
     python -m benchmarks.ablation qqp --data-dir QQP [--only "batch 32"]

@@ -1,4 +1,4 @@
-"""What lower precision and batching change in a trained model's texts.
+"""Changes that lower precision and batching make in a trained model's texts.
 
     python -m benchmarks.agreement runs/demo/stage2 runs/demo/data
 
@@ -115,7 +115,7 @@ def _agreement(found: list[list[int]], expected: list[list[int]], pad: int) -> f
 def _quality(model: Generator, rows: Sequence[Any]) -> str:
     quality, name = (GRAMMAR, "joint") if model.task.startswith("grammar") else (TEXT, "bleu")
     sources = [model.normalize_text(row.src) for row in rows]
-    references = [model.normalize_text(row.trg) for row in rows]
+    references = [[model.normalize_text(text) for text in row.references] for row in rows]
     texts = model.generate(
         [row.src for row in rows], seed=range(len(rows)), on_overflow="truncate", progress=False
     )

@@ -1,6 +1,6 @@
-"""Fixtures of the benchmarks: the device, what it can do, and `race`, which times one case.
+"""Fixtures of the benchmarks: the device, its rates, and `race`, which times one case.
 
-pytest benchmarks --benchmark-only [-k kernels|generate|alternatives|latency|scaling|training]
+pytest benchmarks --benchmark-only [-k kernels|test_generate|alternatives|latency|scaling|training]
     [--full] [--device cpu|cuda] [--save-records]
 """
 
@@ -16,11 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generate_targets, latency_study, records, tables, targets
-from benchmarks.floors import Machine, measure_machine
-from benchmarks.race import Race
-from benchmarks.timing import Stopwatch, WallClock
-from benchmarks.trained import TrainedGate
+from benchmarks.generate import latency
+from benchmarks.generate import targets as generate_targets
+from benchmarks.generate.trained import TrainedGate
+from benchmarks.harness import records
+from benchmarks.harness.floors import Machine, measure_machine
+from benchmarks.harness.race import Race
+from benchmarks.harness.targets import judge
+from benchmarks.harness.timing import Stopwatch, WallClock
+from benchmarks.kernels import targets as kernel_targets
+from benchmarks.report import tables
+from dlmone_fast.release.environment import device_name
 
 # Libraries' threads wait awake for some milliseconds after a call, at the next one's cost.
 _SHORT_SECONDS = 0.02
@@ -37,14 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--full",
         action="store_true",
-        help="also what takes long: see the benchmarks' own descriptions",
+        help="also the long measurements: see the benchmarks' own descriptions",
     )
     group.addoption("--save-records", action="store_true",
                     help="write benchmarks/results/<device>/<date>-<commit>.json")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Which device, and the marker that gives a benchmark its shapes."""
+    """Choose the device, and register the marker that gives a benchmark its shapes."""
     name = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[_DEVICE] = torch.device(name)
     config.stash[_ROWS] = []
@@ -66,19 +72,19 @@ def _identifier(shape: object) -> str:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """What is timed."""
+    """The device that is timed."""
     return request.config.stash[_DEVICE]
 
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether the long measurements are asked for."""
+    """True if the long measurements are asked for."""
     return bool(request.config.getoption("full"))
 
 
 @pytest.fixture
 def report_rows(request: pytest.FixtureRequest) -> Callable[[list[records.Row]], None]:
-    """Takes rows into the run's record."""
+    """A function that adds rows to the run's record."""
     return request.config.stash[_ROWS].extend
 
 
@@ -92,15 +98,15 @@ def stopwatch(device: torch.device) -> Stopwatch:
 def machine(
     request: pytest.FixtureRequest, device: torch.device, stopwatch: Stopwatch
 ) -> Machine:  # fmt: skip
-    """What the device can do, measured once a run."""
-    found = measure_machine(device, records.device_name(device), stopwatch)
+    """Rates of the device, measured once a run."""
+    found = measure_machine(device, device_name(device), stopwatch)
     request.config.stash[_MACHINE] = found
     return found
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """For exported networks; gone afterwards, for they are large."""
+    """A folder for exported networks, removed afterwards, because they are large."""
     path = tmp_path_factory.mktemp("networks")
     yield path
     shutil.rmtree(path, ignore_errors=True)
@@ -108,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def gate(device: torch.device, folder: Path) -> TrainedGate:
-    """What lower precisions must pass before they are timed."""
+    """The check that lower precisions must pass before they are timed."""
     return TrainedGate(device, folder)
 
 
@@ -119,7 +125,7 @@ def race(
     machine: Machine,
     report_rows: Callable[[list[records.Row]], None],
 ) -> Race:
-    """Checks implementations and times them in turns."""
+    """A race: it checks implementations and times them in turns."""
     # Compiled peers of earlier cases count against a limit of torch's.
     torch._dynamo.reset()
     return Race(benchmark, stopwatch, machine, report_rows)
@@ -139,8 +145,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     device = config.stash[_DEVICE]
     judged = [
         outcome
-        for suite in (targets.TARGETS, generate_targets.TARGETS, latency_study.TARGETS)
-        for outcome in targets.judge(rows, device.type, found.copy, suite)
+        for suite in (kernel_targets.TARGETS, generate_targets.TARGETS, latency.TARGETS)
+        for outcome in judge(rows, device.type, found.copy, suite)
     ]
     record = records.record(device, found.record(), rows, judged, config.stash[_LOAD])
     terminalreporter.section("dlmone_fast beside its peers")

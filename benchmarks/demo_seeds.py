@@ -1,6 +1,6 @@
-"""The demo over several seeds, held against what it promises: `python -m benchmarks.demo_seeds`.
+"""The demo over several seeds, checked against its floors: `python -m benchmarks.demo_seeds`.
 
-Prints one row a seed and ends with 1 if a promise is broken. The floors are those of the README:
+Prints one row a seed and ends with 1 if a floor is broken. The floors are those of the README:
 an independent-token model has agreement 0.125, the undistilled student about 0.8.
 """
 

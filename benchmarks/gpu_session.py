@@ -1,12 +1,14 @@
-"""What needs a GPU, ten minutes a part: `OUT=folder python -m benchmarks.gpu_session kernels`.
+"""Tests and benchmarks on a GPU, by part: `OUT=folder python -m benchmarks.gpu_session kernels`.
 
-The parts are `kernels`, `generate`, `latency`, `alternatives`, `scaling` and `training`. Each
-builds the extension in place, runs the tests of its part and, where CUDA's compute-sanitizer is
-installed, the CUDA kernels' tests under it, then times every kernel, generation as a whole beside
-other libraries, the latency study, autoregressive models, generation against batch, length and so
-on, or training steps. Each step has a log in $OUT (default: gpu-session) and a limit of its own;
-one that fails or is cut off stops none of the others. $OUT/summary.json has what came of each.
-Needs no network and nothing installed but torch, pytest and, for the benchmarks, pytest-benchmark.
+A part takes ten minutes. It builds the extension in place, runs its tests (those of CUDA kernels
+also under CUDA's compute-sanitizer, where that is installed), then its benchmarks. The parts:
+`kernels`; `generate`, whole calls beside other libraries; `latency`, the latency study;
+`alternatives`, autoregressive models; `scaling`, whole calls against batch, length and so on;
+`training`, training steps.
+
+Each step has a log in $OUT (default: gpu-session) and a time limit; a step that fails or is cut off
+stops none of the others. $OUT/summary.json has the outcome of each. No network is needed, and
+nothing installed but torch, pytest and, for the benchmarks, pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -24,21 +26,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.records import RESULTS, ROOT
+from benchmarks.harness.records import RESULTS, ROOT
 from dlmone_fast.cli import run_command
 
 _SECONDS = 570
 PARTS = {
-    "kernels": "tests/kernels",
-    "generate": "tests/runtime/engines",
-    "latency": "tests/samplers",
-    "alternatives": "tests/benchmarks/test_autoregressive.py",
-    "scaling": "tests/runtime/test_generator.py",
-    "training": "tests/training/test_updates.py",
+    "kernels": ("tests/kernels", "benchmarks/kernels"),
+    "generate": ("tests/runtime/engines", "benchmarks/generate/bench_calls.py"),
+    "latency": ("tests/samplers", "benchmarks/generate/bench_latency.py"),
+    "alternatives": (
+        "tests/benchmarks/generate/test_autoregressive.py",
+        "benchmarks/generate/bench_alternatives.py",
+    ),
+    "scaling": ("tests/runtime/test_generator.py", "benchmarks/generate/bench_scaling.py"),
+    "training": ("tests/training/test_updates.py", "benchmarks/training"),
 }
-"""What is timed by itself, and the tests that run before it."""
+"""Tests of each part, and the benchmarks that run after them."""
 
-# What pytest needs to write its record after it was asked to stop.
+# Seconds that pytest may take to write its record after it was asked to stop.
 _GRACE = 20
 _TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
@@ -55,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a step; `exit_code` is None where it was cut off or did not start."""
+    """The end of a step; `exit_code` is None where it was cut off or did not start."""
 
     name: str
     exit_code: int | None
@@ -64,9 +69,9 @@ class Outcome:
 
 
 def steps(out: Path, part: str) -> list[Step]:
-    """What runs of a part, in order."""
+    """The steps of a part, in order."""
     python = sys.executable
-    tests = PARTS[part]
+    tests, benchmarks = PARTS[part]
     found = [
         Step("machine", ["nvidia-smi"], 20, 480),
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 180, 330),
@@ -77,8 +82,7 @@ def steps(out: Path, part: str) -> list[Step]:
         command = [memcheck, "--tool", "memcheck", "--error-exitcode", "77", python, *_TESTS]
         command += ["tests/kernels", "-k", "cuda", "-x"]
         found.append(Step("memcheck", command, 90, 240))
-    timed = [python, "-m", "pytest", "benchmarks", "-k", part]
-    timed += ["--benchmark-only", "-q"]
+    timed = [python, "-m", "pytest", benchmarks, "--benchmark-only", "-q"]
     timed += ["--device", "cuda", "--save-records", f"--benchmark-json={out / 'benchmark.json'}"]
     return [*found, Step(part, timed, 400)]
 
@@ -102,7 +106,7 @@ def _run(step: Step, limit: float, out: Path) -> Outcome:
     started = time.monotonic()
     with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
         try:
-            # A session of its own: when it is cut off, so is all that it started.
+            # In a session of its own the step is cut off together with all that it started.
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env=_environment(), stdout=log, stderr=log,
                 start_new_session=True,

@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import records
-from benchmarks.pages import replace_section, where_measured
-from benchmarks.ranks_model import GPUS, TASKS, Machine, works
-from benchmarks.training_cases import STEPS
+from benchmarks.harness import records
+from benchmarks.harness.sections import replace_section, where_measured
+from benchmarks.training.cases import STEPS
+from benchmarks.training.ranks_model import GPUS, TASKS, Machine, works
 from dlmone_fast.cli import run_command
 from dlmone_fast.errors import DlmOneError
 from dlmone_fast.evaluation.table import Table
+from dlmone_fast.release.environment import environment
 
 PAGE = records.ROOT / "docs" / "scaling.md"
 ROWS = 16
 UPDATES, ROUNDS = 4, 3
-# Processes, rows of a batch: alone, the same batch shared, a batch of twice the size.
+# Processes and rows of a batch: alone, the same batch shared, a batch of twice the size.
 _RUNS = ((1, ROWS), (2, ROWS), (2, 2 * ROWS))
 
 Found = dict[str, dict[str, Any]]
@@ -50,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     measured = _measured(options.updates, options.rounds)
-    environment = records.environment(torch.device("cpu"), load)
+    where = environment(torch.device("cpu"), load)
     sections = {
-        "ranks": f"{where_measured(environment)}\n\n{measured_table(measured).markdown()}",
+        "ranks": f"{where_measured(where)}\n\n{measured_table(measured).markdown()}",
         "plan": plan_table(Machine()).markdown(),
     }
     for name, text in sections.items():
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(updates: int, rounds: int) -> dict[tuple[int, int], Found]:
-    """Of each kind of run every round's seconds, and what an update sends."""
+    """Seconds of every round, and bytes that an update sends, for each kind of run."""
     found: dict[tuple[int, int], Found] = {}
     for number in range(rounds):
         for processes, rows in _RUNS:
@@ -78,7 +79,7 @@ def _measured(updates: int, rounds: int) -> dict[tuple[int, int], Found]:
 def _run(processes: int, rows: int, updates: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc-per-node={processes}", "-m", "benchmarks.ranks_worker",
+                   f"--nproc-per-node={processes}", "-m", "benchmarks.training.ranks_worker",
                    folder, str(rows), str(updates)]  # fmt: skip
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=records.ROOT,

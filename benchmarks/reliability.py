@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
-from benchmarks.pages import replace_section, where_measured
+from benchmarks.harness import records
+from benchmarks.harness.sections import replace_section, where_measured
 from dlmone_fast.cli import run_command
 from dlmone_fast.errors import DataError
 from dlmone_fast.evaluation.table import Table
 
 PAGE = records.ROOT / "docs" / "reliability.md"
-# What the campaign is about; a number without a figure is said to be missing.
+# Subjects of the campaign; a number without a figure is reported as missing.
 SUBJECTS = {
     "R1": "training killed at random moments",
     "R2": "killed inside a save",
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def figures_section(found: Mapping[str, Any]) -> str:
-    """Where it ran, the table, and what it lacks."""
+    """The section of the page: machine, table, and the subjects that were not measured."""
     figures, environment = found["figures"], found["environment"]
     table = Table(["", "subject", "target", "measured"], align="llll")
     for row in sorted(figures, key=lambda row: (_order(row["number"]), row["subject"])):

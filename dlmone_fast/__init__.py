@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         load,
         unload,
     )
+    from dlmone_fast.tasks.arpabet import to_ipa
     from dlmone_fast.training import distill, train_teacher
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOMES = {
     "load": "dlmone_fast.runtime",
     "load_teacher": "dlmone_fast.models.denoiser",
     "resolve": "dlmone_fast.config",
+    "to_ipa": "dlmone_fast.tasks.arpabet",
     "train_teacher": "dlmone_fast.training",
     "unload": "dlmone_fast.runtime",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "load_teacher",
     "resolve",
+    "to_ipa",
     "train_teacher",
     "unload",
 ]

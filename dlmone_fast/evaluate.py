@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Score a model on a data split, or DiffuSeq's generation files.
 
 Give either MODEL with --data-dir, or --generations. Prints two tables with the copy-the-source
-and reference rows; --json prints one object instead. Exit codes: 0 done, 2 usage, 3 data,
-4 model files.
+and reference rows, or, for the task g2p, one of word and phoneme error rates; --json prints one
+object instead. Exit codes: 0 done, 2 usage, 3 data, 4 model files.
 """
 
 
@@ -155,17 +155,17 @@ def _check_of_a_model(args: EvaluateArgs) -> None:
 
 
 def _task(args: EvaluateArgs) -> str:
-    """The named task, or the data folder's name where that is a task of the paper."""
+    """The named task, or the data folder's name where that is a task with tables of its own."""
     from dlmone_fast.tasks.paper import TASK_TITLES
 
-    exact = ("grammar", "grammar-templates")
+    exact = ("grammar", "grammar-templates", "g2p")
     if args.task is not None:
         if args.task not in (*TASK_TITLES, *exact):
             names = ", ".join((*TASK_TITLES, *exact))
             raise UsageError(f"--task: expected one of {names}, got {args.task!r}.")
         return args.task
     folder = Path(args.data_dir or "").name.replace("_", "-")
-    return folder if folder in TASK_TITLES else ""
+    return folder if folder in (*TASK_TITLES, "g2p") else ""
 
 
 def _from_files(args: EvaluateArgs, task: str) -> dict[str, Any]:
@@ -180,6 +180,7 @@ def _from_files(args: EvaluateArgs, task: str) -> dict[str, Any]:
         bertscore_model=args.bertscore_model,
         bertscore_layer=args.bertscore_layer,
         exact=_exact_metrics(task),
+        task=task,
     )
 
 
@@ -211,6 +212,7 @@ def _from_model(args: EvaluateArgs, task: str) -> tuple[str, dict[str, Any]]:
         bertscore_layer=args.bertscore_layer,
         joint_truncation=args.joint_truncation,
         exact=_exact_metrics(task),
+        task=task,
         generations_dir=args.generations_dir,
     )
 

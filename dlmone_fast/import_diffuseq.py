@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional
 
 from dlmone_fast.cli import OptionalStr, parse, run_command
+from dlmone_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from dlmone_fast.models.diffuseq import ImportReport
@@ -28,6 +29,11 @@ class Args:
     """The .pt file; default: the highest step in the folder."""
     vocab: OptionalStr = None
     """The checkpoint's vocab.txt; without it the model folder has no tokenizer."""
+    cased: bool = False
+    """The vocabulary is a cased one: keep capitals."""
+    uncased: bool = False
+    """The vocabulary is an uncased one: lower-case, and strip accents as BERT does. Default of
+    both: what training_args.json names (config_name), or else what the vocabulary's words are."""
     overwrite: bool = False
     """Replace a model folder at OUT."""
 
@@ -40,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Convert an original DiffuSeq checkpoint into a model folder.",
         args=argv,
     )
+    if args.cased and args.uncased:
+        raise UsageError("--cased and --uncased: a vocabulary is one of them; leave one out")
     # torch is imported here, after parsing, so that --help stays fast.
     from dlmone_fast.models.diffuseq import import_teacher
 
@@ -51,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             embedding=args.embedding,
             checkpoint=args.checkpoint,
             vocab=args.vocab,
+            lowercase=not args.cased if args.cased or args.uncased else None,
             overwrite=args.overwrite,
         )
     for warning in caught:
@@ -70,6 +79,8 @@ def _summary(report: ImportReport) -> str:
         f"wrote      {report.path}",
     ]
     if report.has_tokenizer:
+        text = "lower-cased, accents stripped" if report.lowercase else "with capitals and accents"
+        lines.insert(-1, f"tokenizer  {text}")
         lines.append(f"next       python -m dlmone_fast.sample {report.path} < in.txt > out.txt")
     else:
         lines.append(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
-from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.errors import DataError, PromptError, UsageError
 from dlmone_fast.sources import (
     Source,
     calibration_prompts,
@@ -22,6 +22,7 @@ from dlmone_fast.sources import (
     source_of,
     taken,
 )
+from dlmone_fast.tasks.arpabet import to_ipa
 
 if TYPE_CHECKING:
     from dlmone_fast.runtime import Generator
@@ -32,10 +33,12 @@ DESCRIPTION = """Generate a text for each source of a file or of standard input.
 
 Text: one source a line in, one text a line out, in order; line breaks inside a text become
 spaces, and a blank line is an empty source that gets its line like any other. jsonl: objects with
-`src` in, the same objects with `generated` (or `candidates`, if several) and `truncated` out; an
-object that has one of these already is refused, not written over (--field-prefix).
-Sources beyond the model's limit are cut and counted on stderr. Exit codes: 0 done, 2 usage,
-3 data, 4 model files, 130 interrupted; with --output nothing is written unless all is done.
+`src` in, the same objects with `generated` (or `candidates`, if several), `truncated` and, with
+--ipa, `ipa` out; an object that has one of these already is refused, not written over
+(--field-prefix). Sources beyond the model's limit are cut and counted on stderr. A source that the
+model cannot read (for a model of words: an empty line, a digit) ends the command with its line's
+number. Exit codes: 0 done, 2 usage, 3 data, 4 model files, 130 interrupted; with --output nothing
+is written unless all is done.
 """
 
 
@@ -63,6 +66,8 @@ class SampleArgs:
     """Texts per source, each from its own noise; several need --mbr or jsonl."""
     mbr: bool = False
     """Keep the candidate that agrees most with the others (2 or more candidates)."""
+    ipa: bool = False
+    """Write pronunciations in IPA; jsonl gets them beside the phonemes, as `ipa`."""
     seed: int = 0
     """Row i has a seed of its own, derived from this one and i, as in evaluation; generate(seed=…)
     uses its seed as it is, and so gives other texts."""
@@ -102,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_model(
         args.model, args.device, args.dtype, backend=args.backend, calibration=calibration
     )
+    if args.ipa and generator.task != "g2p":
+        raise UsageError(
+            f"--ipa: {args.model} writes no phonemes (its task: {generator.task or 'unknown'}); "
+            "leave it out, or name a model of the task g2p"
+        )
     count = Count()
     sources = _sources(args, lines, jsonl)
     _write(args.output, _generated(args, generator, sources, jsonl, count))
@@ -130,10 +140,11 @@ def _check(args: SampleArgs, jsonl: bool) -> None:
         )
 
 
-def _added(args: SampleArgs) -> tuple[str, str]:
-    """Names of the fields that a row gets: its texts, and whether it was cut."""
+def _added(args: SampleArgs) -> list[str]:
+    """Names of the fields that a row gets: its texts, how they sound, and whether it was cut."""
     texts = "candidates" if args.num_candidates > 1 and not args.mbr else "generated"
-    return args.field_prefix + texts, f"{args.field_prefix}truncated"
+    names = [texts, *(["ipa"] if args.ipa else []), "truncated"]
+    return [args.field_prefix + name for name in names]
 
 
 def _sources(args: SampleArgs, lines: Iterator[tuple[int, bytes]], jsonl: bool) -> Iterator[Source]:
@@ -141,8 +152,12 @@ def _sources(args: SampleArgs, lines: Iterator[tuple[int, bytes]], jsonl: bool) 
     for number, line in lines:
         source = source_of(args.input, number, line, jsonl)
         if clash := taken(source.row, added):
-            raise DataError(f"{args.input or 'standard input'}, line {number}: {clash}")
+            raise DataError(f"{_place(args, number)}: {clash}")
         yield source
+
+
+def _place(args: SampleArgs, number: int) -> str:
+    return f"{args.input or 'standard input'}, line {number}"
 
 
 def _generated(
@@ -158,34 +173,51 @@ def _generated(
     with tqdm(desc="sample", unit="text", disable=None) as bar:
         while window := list(islice(sources, WINDOW)):
             longest = generator.tokenizer.max_chars
-            batch = generator.generate_candidates(
-                [source.text[:longest] for source in window],
-                num_candidates=args.num_candidates,
-                steps=args.steps,
-                seeds=row_seeds(args.seed, len(window), count.rows),
-                batch_size=args.batch_size,
-                sampler=args.sampler,
-                temperature=args.temperature,
-                on_overflow="truncate",
-                progress=False,
-            )
+            places = [_place(args, count.rows + i) for i in range(1, len(window) + 1)]
+            try:
+                batch = generator.generate_candidates(
+                    [source.text[:longest] for source in window],
+                    num_candidates=args.num_candidates,
+                    steps=args.steps,
+                    seeds=row_seeds(args.seed, len(window), count.rows),
+                    batch_size=args.batch_size,
+                    sampler=args.sampler,
+                    temperature=args.temperature,
+                    on_overflow="truncate",
+                    progress=False,
+                    named=places.__getitem__,
+                )
+            except PromptError as error:
+                raise DataError(
+                    f"{error}; or use python -m dlmone_fast.generate_bulk, which sets such rows "
+                    "aside"
+                ) from error
             written = []
             for source, texts, cut in zip(window, batch.texts, batch.truncated, strict=True):
                 truncated = cut or len(source.text) > longest
                 count.truncated += truncated
                 kept = [texts[select_mbr(texts)]] if args.mbr else texts
                 written.append(
-                    _jsonl(source, kept, truncated, _added(args)) if jsonl else _line(kept[0])
+                    _jsonl(args, source, kept, truncated) if jsonl else _text(args, kept)
                 )
             count.rows += len(window)
             bar.update(len(window))
             yield "".join(written).encode()
 
 
-def _jsonl(source: Source, texts: list[str], truncated: bool, added: tuple[str, str]) -> str:
-    result = texts[0] if len(texts) == 1 else texts
-    row = {**source.row, added[0]: result, added[1]: truncated}
+def _jsonl(args: SampleArgs, source: Source, texts: list[str], truncated: bool) -> str:
+    columns = [texts, list(map(_spoken, texts))] if args.ipa else [texts]
+    values = [column[0] if len(column) == 1 else column for column in columns]
+    row = {**source.row, **dict(zip(_added(args), [*values, truncated], strict=True))}
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _text(args: SampleArgs, texts: list[str]) -> str:
+    return _line(_spoken(texts[0]) if args.ipa else texts[0])
+
+
+def _spoken(text: str) -> str:
+    return to_ipa(text, keep_unknown=True)
 
 
 def _line(text: str) -> str:

@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Any, BinaryIO, cast
 
 from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.textfiles import lines_of
 
 MAX_LINE_BYTES = 16 * 2**20
 _MOST_NESTED = 200
@@ -41,7 +42,7 @@ def numbered_lines(path: str | None) -> Iterator[tuple[int, bytes]]:
     name, number = path or "standard input", 0
     try:
         with _open(path) as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            for line in lines_of(file, MAX_LINE_BYTES):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise DataError(

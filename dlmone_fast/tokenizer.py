@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,22 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dlmone_fast.arguments import refuse_one
 from dlmone_fast.boundaries import ALONE, BLANK
-from dlmone_fast.errors import ModelFileError, PromptError, UsageError
-from dlmone_fast.files import write_atomically
+from dlmone_fast.checks import is_whole
+from dlmone_fast.errors import ModelFileError, UsageError
+from dlmone_fast.text_tokenizer import (
+    DEFAULT_MAX_CHARS,
+    MAX_VOCAB_SIZE,
+    SPECIAL_TOKENS,
+    TextTokenizer,
+    is_torn,
+    named,
+    parsed_json,
+    read_text,
+    unicode_text,
+)
 from dlmone_fast.wordpiece import MAX_WORD_CHARS, PREFIX, learn_pieces
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-DEFAULT_MAX_CHARS = 20_000
 _ANOTHER = "give the file of a BERT-style WordPiece tokenizer"
-MAX_FILE_BYTES = 64 * 2**20
-MAX_VOCAB_SIZE = 1_000_000
 
 # Tokenising as many characters takes a millisecond.
 _QUICK_CHARS = 1000
@@ -60,12 +67,14 @@ _CLEAN_UP = (
 )
 
 
-class Tokenizer:
+class Tokenizer(TextTokenizer):
     """WordPiece over a fixed vocabulary; ids are positions in `vocabulary`.
 
     `max_chars` caps a text before it is tokenised: the cost of tokenising grows with the
     text even where the ids are cut afterwards (measured: 10 s for a 10 MB prompt).
     """
+
+    kind = "wordpiece"
 
     def __init__(
         self,
@@ -76,34 +85,31 @@ class Tokenizer:
         max_chars: int = DEFAULT_MAX_CHARS,
     ) -> None:
         """Raise ModelFileError for a vocabulary that lacks a special token or repeats one."""
-        if not isinstance(max_chars, int) or not 1 <= max_chars <= 2**31:
-            raise UsageError(f"max_chars: expected 1 to {2**31}, got {max_chars!r}")
-        refuse_one("vocabulary", vocabulary)
-        self.vocabulary = tuple(vocabulary)
+        super().__init__(vocabulary, max_chars)
         self.lowercase = lowercase
         self.strip_accents = strip_accents
-        self.max_chars = max_chars
-        ids = _checked_vocabulary(self.vocabulary)
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            ids[token] for token in SPECIAL_TOKENS
-        )
-        # [UNK] stays: it stands for a word of the text, as in the paper's own clean-up.
-        self._silent_ids = frozenset((self.pad_id, self.cls_id, self.sep_id, self.mask_id))
-        self._backend = _backend(ids, lowercase, strip_accents)
+        self._backend = _backend(self._ids, lowercase, strip_accents)
+        self._respelling = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
         self._encode_batch = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
         self.hash = self._hash()
 
     @classmethod
-    def from_vocab_file(cls, path: str | Path, lowercase: bool = True) -> Tokenizer:
-        """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id."""
-        text = _read_text(Path(path))
+    def from_vocab_file(
+        cls, path: str | Path, lowercase: bool = True, strip_accents: bool | None = None
+    ) -> Tokenizer:
+        """Read BERT's `vocab.txt`: one token a line, the line's number (from 0) its id.
+
+        `strip_accents` None: where text is lower-cased, as BERT's uncased models were trained.
+        """
+        text = read_text(Path(path))
         if _is_json_object(text):
             raise ModelFileError(
                 f"{path}: is JSON, as a tokenizer.json is; expected a vocab.txt with one token a "
                 "line: give that file, or write the keys of model.vocab in order of their ids"
             )
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        return _named(Path(path), lambda: cls(tokens, lowercase=lowercase))
+        build = partial(cls, tokens, lowercase=lowercase, strip_accents=strip_accents)
+        return named(Path(path), build)
 
     @classmethod
     def from_file(cls, path: str | Path, sha256: str = "") -> Tokenizer:
@@ -111,16 +117,17 @@ class Tokenizer:
 
         With `sha256`, what is read must have that hash, in hex: a manifest's, verified earlier.
         """
-        text = _read_text(Path(path), sha256)
-        return _named(Path(path), lambda: cls.from_json(text))
+        text = read_text(Path(path), sha256)
+        return named(Path(path), lambda: cls.from_json(text))
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """Build from the text of a `tokenizer.json`; raise ModelFileError if it is not BERT's."""
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ModelFileError(f"not JSON ({error}); copy the file again") from error
+        return cls.from_content(parsed_json(text))
+
+    @classmethod
+    def from_content(cls, content: object) -> Tokenizer:
+        """Build from the parsed content of a `tokenizer.json`."""
         vocabulary, lowercase, strip_accents = _bert_parts(content)
         return cls(vocabulary, lowercase=lowercase, strip_accents=strip_accents)
 
@@ -138,29 +145,41 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def learn(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+    def learn(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        lowercase: bool = True,
+        strip_accents: bool = False,
+    ) -> Tokenizer:
         """Learn a vocabulary of at most `vocab_size` tokens; the same texts give the same one.
 
-        Special tokens get ids 0..4. Texts are read once, in a stream.
+        Special tokens get ids 0..4. Texts are read once, in a stream. Accents stay unless
+        `strip_accents` is set: what Unicode calls one are vowels in Hindi and voicing in Japanese.
         """
         smallest = 2 * len(SPECIAL_TOKENS)
-        if not isinstance(vocab_size, int) or not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        if not is_whole(vocab_size, smallest, MAX_VOCAB_SIZE):
             raise UsageError(
                 f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size!r}"
             )
         refuse_one("texts", texts)
-        splitter = cls(SPECIAL_TOKENS, lowercase=lowercase)
+        splitter = cls(SPECIAL_TOKENS, lowercase=lowercase, strip_accents=strip_accents)
         counts: Counter[str] = Counter()
         for index, text in enumerate(texts):
-            counts.update(splitter._split(_unicode(text, f"texts[{index}]")))
+            counts.update(splitter._split(unicode_text(text, f"texts[{index}]")))
         if not counts:
             raise UsageError("texts: expected at least one word to learn from, got none")
         pieces = learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))
-        return cls([*SPECIAL_TOKENS, *pieces], lowercase=lowercase)
+        return cls([*SPECIAL_TOKENS, *pieces], lowercase=lowercase, strip_accents=strip_accents)
 
     @property
-    def vocab_size(self) -> int:
-        return len(self.vocabulary)
+    def is_cased(self) -> bool:
+        """Whether a tenth of the words or more have capitals, as in a cased model's vocabulary.
+
+        Names in brackets, as of special tokens, do not count.
+        """
+        words = [token for token in self.vocabulary if not token.startswith("[")]
+        return 10 * sum(word != word.lower() for word in words) >= max(1, len(words))
 
     def encode(
         self, texts: Sequence[str], named: Callable[[int], str] = "texts[{}]".format
@@ -171,8 +190,7 @@ class Tokenizer:
         Raise PromptError for a text that is not a str, not Unicode or over `max_chars`; it is
         called `named(place)`, as the caller knows it.
         """
-        refuse_one("texts", texts, PromptError)
-        checked = [self._checked(text, named(i)) for i, text in enumerate(texts)]
+        checked = self._checked_texts(texts, named)
         return [encoding.ids for encoding in self._encode_batch(checked)]
 
     def is_surely_longer(self, text: str, ids: int) -> bool:
@@ -188,73 +206,26 @@ class Tokenizer:
             return True
         # Few words of many pieces, or of characters that the count above does not know. One with a
         # lone surrogate is for `encode` to refuse.
-        return not _torn(text) and any(
+        return not is_torn(text) and any(
             found > most for found in accumulate(map(self._count, _parts(text)))
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text as DiffuSeq's decoding does: special tokens kept, trailing [PAD] cut.
+    def respell(self, text: str) -> str:
+        """Return the text as `decode_clean` writes it where the vocabulary knows every word.
 
-        Raise UsageError for an id outside 0..vocab_size-1.
+        Lower-cased as this tokenizer does it, words and punctuation spaced alike; no word becomes
+        [UNK] and no accent is stripped. Raise PromptError as `encode` does.
         """
-        kept = self._checked_ids(ids)
-        while kept and kept[-1] == self.pad_id:
-            kept.pop()
-        return self._text(kept)
-
-    def decode_clean(self, ids: Sequence[int]) -> str:
-        """Return the text up to the first [SEP] after an optional leading [CLS].
-
-        [PAD], [CLS] and [MASK] are left out; [UNK] stays, it stands for a word.
-        """
-        kept = self._checked_ids(ids)
-        if kept[:1] == [self.cls_id]:
-            del kept[0]
-        if self.sep_id in kept:
-            del kept[kept.index(self.sep_id) :]
-        return self._text([token for token in kept if token not in self._silent_ids])
+        normalised = self._respelling.normalize_str(self._checked(text, "text"))
+        words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(normalised)]
+        return _cleaned(self._backend.decoder.decode(words))
 
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`, in the `tokenizers` library's format."""
         return str(self._backend.to_str(pretty=True))
 
-    def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`; a failed write leaves an earlier file as it was."""
-        try:
-            write_atomically(Path(path), [self.to_json().encode()])
-        except OSError as error:
-            raise ModelFileError(
-                f"{path}: cannot write the tokenizer ({error}); free space or choose a "
-                "folder that you may write to"
-            ) from error
-
-    def _checked(self, text: str, name: str) -> str:
-        # The length comes first: it costs nothing, whatever the text holds.
-        if isinstance(text, str) and len(text) > self.max_chars:
-            raise PromptError(
-                f"{name}: {len(text)} characters, the limit is {self.max_chars}; shorten the "
-                "text or raise the tokenizer's max_chars"
-            )
-        return _unicode(text, name)
-
-    def _checked_ids(self, ids: Sequence[int]) -> list[int]:
-        try:
-            checked = [operator.index(token) for token in ids]
-        except TypeError as error:
-            raise UsageError(f"ids: expected a sequence of int ({error})") from error
-        if checked and not 0 <= min(checked) <= max(checked) < self.vocab_size:
-            wrong = next(token for token in checked if not 0 <= token < self.vocab_size)
-            raise UsageError(
-                f"ids: {wrong} is outside the vocabulary (0 to {self.vocab_size - 1}); "
-                "decode with the tokenizer that the model was trained with"
-            )
-        return checked
-
     def _text(self, ids: list[int]) -> str:
-        text = str(self._backend.decode(ids, skip_special_tokens=False))
-        for spaced, joined in _CLEAN_UP:
-            text = text.replace(spaced, joined)
-        return text
+        return _cleaned(self._backend.decode(ids, skip_special_tokens=False))
 
     def _split(self, text: str) -> list[str]:
         normalised = self._backend.normalizer.normalize_str(text)
@@ -274,6 +245,12 @@ class Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _cleaned(text: str) -> str:
+    for spaced, joined in _CLEAN_UP:
+        text = text.replace(spaced, joined)
+    return text
+
+
 def _parts(text: str) -> Iterator[str]:
     """The text in parts that end where a word surely does; none where there is but one."""
     start, size = 0, _FIRST_PART
@@ -283,47 +260,6 @@ def _parts(text: str) -> Iterator[str]:
         if end - start < len(text):
             yield text[start:end]
         start, size = end, min(2 * size, _QUICK_CHARS)
-
-
-def _unicode(text: str, name: str) -> str:
-    if not isinstance(text, str):
-        raise PromptError(f"{name}: expected str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"{name}: lone surrogate {text[error.start]!r} at character {error.start} is not "
-            "Unicode text; decode the input as UTF-8 with errors='replace'"
-        ) from error
-    return str(text)
-
-
-def _checked_vocabulary(vocabulary: tuple[str, ...]) -> dict[str, int]:
-    if len(vocabulary) > MAX_VOCAB_SIZE:
-        raise ModelFileError(f"{len(vocabulary)} tokens, the limit is {MAX_VOCAB_SIZE}; {_ANOTHER}")
-    ids: dict[str, int] = {}
-    for index, token in enumerate(vocabulary):
-        if not isinstance(token, str) or not token or _torn(token):
-            raise ModelFileError(f"token {index}: expected text, got {token!r:.80}; {_ANOTHER}")
-        if ids.setdefault(token, index) != index:
-            raise ModelFileError(
-                f"token {token!r:.80} stands at both {ids[token]} and {index}; remove one"
-            )
-    missing = [token for token in SPECIAL_TOKENS if token not in ids]
-    if missing:
-        raise ModelFileError(
-            f"the vocabulary lacks {', '.join(missing)}; give the vocab.txt of a BERT-style "
-            "WordPiece model"
-        )
-    return ids
-
-
-def _torn(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _backend(
@@ -352,42 +288,15 @@ def _backend(
     return backend
 
 
-def _read_text(path: Path, sha256: str = "") -> str:
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise ModelFileError(
-                f"{path}: has more than the {MAX_FILE_BYTES:,} bytes that a tokenizer may have; "
-                "name a BERT tokenizer's file"
-            )
-        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-            raise ModelFileError(f"{path}: was changed while it was read; load it again")
-        return content.decode("utf-8")
-    except OSError as error:
-        raise ModelFileError(
-            f"{path}: cannot be read ({error.strerror}); check the path, or copy the file again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ModelFileError(f"{path}: not UTF-8 ({error}); copy the file again") from error
-
-
 def _is_json_object(text: str) -> bool:
     # No vocabulary begins so and is JSON to its end.
-    if not text.lstrip("\ufeff \t\r\n").startswith("{"):
+    if not text.lstrip().startswith("{"):
         return False
     try:
-        json.loads(text.lstrip("\ufeff"))
+        json.loads(text)
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _named(path: Path, build: Callable[[], Tokenizer]) -> Tokenizer:
-    try:
-        return build()
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error
 
 
 def _bert_parts(content: object) -> tuple[list[str], bool, bool | None]:

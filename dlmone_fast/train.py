@@ -95,11 +95,26 @@ def _plan(config: Config, teacher: str) -> str:
         from dlmone_fast.training import with_teacher
 
         config = with_teacher(config, load_folder(teacher))
-    return describe(config)
+    return "\n".join([describe(config), *_fidelity_lines(config, teacher)])
+
+
+def _fidelity_lines(config: Config, teacher: str) -> list[str]:
+    """What the tokenizer loses of each split, where there is data to read."""
+    if config.is_grammar or not config.data_dir:
+        return []
+    from dlmone_fast.data.fidelity import split_fidelity
+    from dlmone_fast.data.rows import SPLITS
+    from dlmone_fast.training.pipeline import run_tokenizer
+
+    tokenizer = run_tokenizer(config, teacher)
+    if tokenizer.kind == "aligned":
+        return []
+    return [split_fidelity(config.data_dir, split, tokenizer).line(split) for split in SPLITS]
 
 
 def _check_teacher_speaks(config: Config, teacher: str) -> None:
     """Refuse to distil a teacher of other text on the grammar that nobody named."""
+    from dlmone_fast.aligned_tokenizer import read_tokenizer
     from dlmone_fast.models.folder import TOKENIZER_NAME
     from dlmone_fast.tasks.grammar import vocabulary
     from dlmone_fast.tokenizer import Tokenizer
@@ -108,7 +123,7 @@ def _check_teacher_speaks(config: Config, teacher: str) -> None:
     # What is missing is told where the folder is read.
     if not config.is_grammar or not file.is_file():
         return
-    if Tokenizer.from_file(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
+    if read_tokenizer(file).hash != Tokenizer.from_words(vocabulary(config.data.task)).hash:
         raise UsageError(
             f"--teacher {teacher}: has another vocabulary than the preset grammar, which a run "
             "without --preset and --config distils on; name the teacher's own, such as --preset "

@@ -14,7 +14,7 @@ from itertools import pairwise
 PREFIX = "##"
 MAX_WORD_CHARS = 100
 MIN_PAIR_COUNT = 2
-MAX_ALPHABET = 1000
+FIRST_ALPHABET = 1000
 
 Pair = tuple[str, str]
 
@@ -22,11 +22,26 @@ Pair = tuple[str, str]
 def learn_pieces(word_counts: Mapping[str, int], size: int) -> list[str]:
     """Return at most `size` pieces: the alphabet, then byte-pair merges by falling count.
 
-    `word_counts` holds normalised, pre-split words. At most a third of `size` (and 1,000)
-    characters are kept, the most frequent; a word with a rarer one has no part in the merges.
+    `word_counts` holds normalised, pre-split words. The alphabet is the most frequent characters,
+    up to 1,000 or a third of `size`; beyond those a character takes a place that is free, or that
+    of a merge which is not more frequent: a lost character loses whole words, a lost merge none. A
+    word with a character that has no place has no part in the merges.
     Fewer than `size` pieces come back when no pair is left that occurs twice.
     """
-    alphabet = _alphabet(word_counts, min(MAX_ALPHABET, max(1, size // 3)))
+    frequent = _characters(word_counts)
+    first = min(FIRST_ALPHABET, max(1, size // 3))
+    alphabet = {char for char, _, _ in frequent[:first]}
+    pieces, merged = _pieces(word_counts, alphabet, size)
+    further = _further(frequent[first:], size - len(pieces), merged)
+    if further:
+        pieces, _ = _pieces(word_counts, alphabet | further, size)
+    return pieces
+
+
+def _pieces(
+    word_counts: Mapping[str, int], alphabet: set[str], size: int
+) -> tuple[list[str], list[int]]:
+    """Pieces over an alphabet, and the counts of the merges among them, in their order."""
     words, counts = [], []
     for word in sorted(word_counts):
         if len(word) <= MAX_WORD_CHARS and alphabet.issuperset(word):
@@ -34,23 +49,49 @@ def learn_pieces(word_counts: Mapping[str, int], size: int) -> list[str]:
             counts.append(word_counts[word])
     continuations = {piece for word in words for piece in word[1:]}
     pieces = dict.fromkeys([*sorted(alphabet), *sorted(continuations)])
-    for left, right in _merges(words, counts):
+    merged: list[int] = []
+    for (left, right), count in _merges(words, counts):
         if len(pieces) >= size:
             break
-        pieces[left + right.removeprefix(PREFIX)] = None
-    return list(pieces)[:size]
+        piece = left + right.removeprefix(PREFIX)
+        if piece not in pieces:
+            pieces[piece] = None
+            merged.append(count)
+    return list(pieces)[:size], merged
 
 
-def _alphabet(word_counts: Mapping[str, int], limit: int) -> set[str]:
+def _characters(word_counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """Characters by falling count, each with its count and the number of pieces that it needs."""
     counts: Counter[str] = Counter()
+    continuing: set[str] = set()
     for word, count in word_counts.items():
+        if len(word) > MAX_WORD_CHARS:
+            continue
         for char in word:
             counts[char] += count
-    return set(sorted(counts, key=lambda char: (-counts[char], char))[:limit])
+        continuing.update(word[1:])
+    ordered = sorted(counts, key=lambda char: (-counts[char], char))
+    return [(char, counts[char], 2 if char in continuing else 1) for char in ordered]
 
 
-def _merges(words: list[list[str]], counts: list[int]) -> Iterable[Pair]:
-    """Yield the most frequent pair of neighbours and merge it in `words`, again and again."""
+def _further(rare: list[tuple[str, int, int]], free: int, merged: list[int]) -> set[str]:
+    """The characters that take a free place, or that of a merge which is not more frequent."""
+    chosen: set[str] = set()
+    merged = list(merged)
+    for char, count, places in rare:
+        while free < places and merged and merged[-1] <= count:
+            merged.pop()
+            free += 1
+        if free < places:
+            break
+        free -= places
+        chosen.add(char)
+    return chosen
+
+
+def _merges(words: list[list[str]], counts: list[int]) -> Iterable[tuple[Pair, int]]:
+    """Yield the most frequent pair of neighbours with its count and merge it in `words`, again and
+    again; no count is above the one before."""
     pair_counts: Counter[Pair] = Counter()
     words_with: defaultdict[Pair, set[int]] = defaultdict(set)
     for index, word in enumerate(words):
@@ -66,7 +107,7 @@ def _merges(words: list[list[str]], counts: list[int]) -> Iterable[Pair]:
             continue
         if -negative_count < MIN_PAIR_COUNT:
             return
-        yield pair
+        yield pair, -negative_count
         changed: set[Pair] = set()
         for index in words_with.pop(pair):
             word = words[index]

@@ -128,6 +128,8 @@ WRONG_WORDS = {
     "model.norm": "Pre",
     "diffusion.schedule": "sqrtt",
     "data.task": "qpq",
+    "data.tokenizer": "bpe",
+    "data.strip_accents": "yes",
     "teacher.decay": "exponential",
     "teacher.timestep_sampler": "loss",
     "teacher.mse_target": "x0",

@@ -12,7 +12,7 @@ import tiny
 
 import dlmone_fast
 from dlmone_fast import evaluate
-from dlmone_fast.config import Config, DataConfig, resolve
+from dlmone_fast.config import PRESETS, Config, DataConfig, resolve
 from dlmone_fast.config.unread import refuse_unread
 from dlmone_fast.errors import ConfigError, ModelFileError, PromptError, UsageError
 from dlmone_fast.evaluation.bertscore import bertscore_f1
@@ -173,6 +173,14 @@ def test_a_grammar_has_no_data_of_one_s_own(tmp_path: Path):
         ("--teacher.log-snr-scale 3", "teacher.log_snr_scale is 3.0"),
         ("--teacher.self-conditioning-share 0.3", "teacher.self_conditioning_share is 0.3"),
         ("--distill.pairs.steps 9", "distill.pairs.steps is 9"),
+        ("--distill.pairs.targets data", "distill.pairs.targets is 'data'"),
+        ("--data.strip-accents on", "data.strip_accents is 'on'"),
+        ("--preset g2p --data.strip-accents on", "data.strip_accents is 'on'"),
+        ("--preset g2p --data.vocab-size 900", "data.vocab_size is 900"),
+        (
+            "--preset g2p --distill.pairs.targets data --distill.pairs.steps 9",
+            "distill.pairs.steps is 9",
+        ),
     ],
 )
 def test_keys_that_nothing_reads_are_refused(flags: str, said: str):
@@ -181,9 +189,11 @@ def test_keys_that_nothing_reads_are_refused(flags: str, said: str):
 
 
 def test_keys_that_are_read_and_presets_as_they_are_pass():
-    for name in ("grammar", "grammar-templates", "qqp", "qqp-small", "quasar-t", "wiki-auto"):
-        if name in dlmone_fast.config.PRESETS:
-            refuse_unread(resolve(name))
+    for name in PRESETS:
+        refuse_unread(resolve(name))
+    for name in ("qqp", "qqp-small"):
+        refuse_unread(resolve(name, data={"strip_accents": "off"}))
+    refuse_unread(resolve("g2p", distill={"pairs": {"targets": "data"}}))
     refuse_unread(Config())
     refuse_unread(replace(Config(), data=DataConfig(vocab_size=900, lowercase=False)))
 

@@ -98,6 +98,24 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(path: str, value: 
         ),
         ({"distill": {"selection_metric": "balanced"}}, "needs data.task = 'grammar'"),
         (
+            {"distill": {"selection_metric": "word_accuracy"}},
+            "'word_accuracy' belongs to data.task = 'g2p', got 'word_accuracy' and 'qqp'",
+        ),
+        ({"data": {"task": "g2p"}}, "'word_accuracy' belongs to data.task = 'g2p', got 'bleu'"),
+        (
+            {"data": {"tokenizer": "aligned", "task": "g2p", "both_directions": True}},
+            "data.both_directions is True, which tokenizer = 'aligned' cannot use",
+        ),
+        ({"data": {"tokenizer": "aligned"}}, "data.task must be 'g2p' with tokenizer = 'aligned'"),
+        (
+            {"data": {"tokenizer": "aligned", "task": "g2p", "vocab_file": "v"}},
+            "data.vocab_file is 'v', which",
+        ),
+        (
+            {"data": {"tokenizer": "aligned", "task": "g2p", "vocab_file": "", "lowercase": False}},
+            "data.lowercase is False, which",
+        ),
+        (
             {"distill": {"stage1": {"anchor_steps": 5}}},
             "distill.stage1 has anchor_steps or anchor_weight, which need the teacher's paired",
         ),

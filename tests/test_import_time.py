@@ -17,8 +17,9 @@ COMMANDS = [
     name
     for name in (
         "train", "evaluate", "sample", "serve", "generate_bulk", "import_diffuseq", "doctor",
+        "release",
     )
-    if (PACKAGE / f"{name}.py").exists()
+    if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__main__.py").exists()
 ]  # fmt: skip
 
 

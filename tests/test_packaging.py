@@ -40,6 +40,17 @@ def test_metadata_and_package_agree():
     assert resources.files("dlmone_fast").joinpath("py.typed").is_file()
 
 
+def test_every_data_file_of_the_package_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    globs = project["tool"]["setuptools"]["package-data"]["dlmone_fast"]
+    package = ROOT / "dlmone_fast"
+    installed = {path for pattern in globs for path in package.glob(pattern)}
+    not_data = {".py", ".pyc", ".so", ".pyd"}
+    data = {p for p in package.rglob("*") if p.is_file() and p.suffix not in not_data}
+    assert any(path.suffix == ".toml" for path in data)
+    assert data <= installed
+
+
 BLOCKED = """
 import sys
 sys.modules["dlmone_fast._C"] = None

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from dlmone_fast.bulk.parquet import AsText, open_parquet, parquet_rows
 from dlmone_fast.errors import DataError
 from dlmone_fast.sources import is_nested_too_deeply
+from dlmone_fast.textfiles import lines_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
@@ -164,13 +165,13 @@ def _json_rows(shard: Shard) -> Iterator[dict[str, Any] | _Malformed]:
     """Objects, or the line that is none."""
     with _open(Path(shard.file)) as stream:
         stream.seek(shard.offset)
-        for line in islice(_lines(stream), shard.count):
+        for line in islice(_lines(stream, shard.offset), shard.count):
             row = _object(line)
             yield _Malformed(line, row) if isinstance(row, str) else row
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+def _lines(stream: BinaryIO, offset: int) -> Iterator[bytes]:
+    for line in lines_of(stream, MAX_LINE_BYTES, from_start=offset == 0):
         yield line
         # The rest of a line that is too long is not a line.
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):

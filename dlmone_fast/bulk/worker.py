@@ -69,30 +69,43 @@ class ShardWriter:
         self, rows: Iterator[InputRow], rejects: list[bytes], counts: dict[str, int]
     ) -> Iterator[bytes]:
         """The part's content, a window at a time; notes what is rejected and counts the rest."""
-        while window := list(islice(rows, _WINDOW)):
-            good = [row for row in map(self._checked, window) if not self._rejected(row, rejects)]
-            if good:
-                yield self._generated(good, counts)
+        while window := list(map(self._without_clash, islice(rows, _WINDOW))):
+            try:
+                chunk = self._generated(window, counts)
+            except PromptError:
+                # Refused before anything is generated: find out which rows it is for.
+                window = [self._checked(row) for row in window]
+                chunk = self._generated(window, counts)
+            for row in window:
+                self._note_rejected(row, rejects)
+            if chunk:
+                yield chunk
+
+    def _without_clash(self, row: InputRow) -> InputRow:
+        """The row, or why it cannot get the fields that the output adds."""
+        clash = "" if row.reason else taken(row.fields, self.job.options.added)
+        return replace(row, reason=clash) if clash else row
 
     def _checked(self, row: InputRow) -> InputRow:
         """The row, or why the model cannot read it."""
-        column = self.job.options.column
-        clash = taken(row.fields, self.job.options.added)
-        if row.reason or clash:
-            return row if row.reason else replace(row, reason=clash)
+        if row.reason:
+            return row
         try:
-            self.generator.tokenizer.encode([self._cut(row)], lambda _: repr(column))
+            self.generator.check_prompt(self._cut(row), "truncate", repr(self.job.options.column))
         except PromptError as error:
             return replace(row, reason=str(error))
         return row
 
-    def _rejected(self, row: InputRow, rejects: list[bytes]) -> bool:
+    def _note_rejected(self, row: InputRow, rejects: list[bytes]) -> None:
         if row.reason:
             shown = _json(row.fields) if row.line is None else row.line
             rejects.append(_line({"id": row.id, "reason": row.reason, "row": shown[:_SHOWN]}))
-        return bool(row.reason)
 
-    def _generated(self, rows: list[InputRow], counts: dict[str, int]) -> bytes:
+    def _generated(self, window: list[InputRow], counts: dict[str, int]) -> bytes:
+        """The lines of the rows of a window that can be read; empty where there is none."""
+        rows = [row for row in window if not row.reason]
+        if not rows:
+            return b""
         options = self.job.options
         # Rows of like length stand together; the output keeps the input's order.
         order = sorted(range(len(rows)), key=lambda at: len(rows[at].source))

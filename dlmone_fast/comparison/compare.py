@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from dlmone_fast.comparison.measure import Measuring
-from dlmone_fast.comparison.quality import GRAMMAR, TEXT, Quality
+from dlmone_fast.comparison.quality import Quality, quality_of
 from dlmone_fast.data.rows import load_rows
+from dlmone_fast.evaluation.report import VOCABULARY_ROW
 from dlmone_fast.evaluation.table import Table
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.denoiser import denoiser_from_folder
@@ -65,7 +66,7 @@ class Comparison(Measuring):
         self.teacher = self._teacher()
         super().__init__(
             load_rows(workspace.data_dir, "test", limit=evaluation.rows),
-            GRAMMAR if self.config.is_grammar else TEXT,
+            quality_of(self.config.data.task),
             self.student.normalize_text,
             seed=self.config.seed,
             batch_size=evaluation.batch_size,
@@ -98,12 +99,18 @@ class Comparison(Measuring):
         return Measured(system, steps, rows * candidates, scores, seconds)
 
     def reference_rows(self) -> list[Measured]:
-        """The source as output, and the reference as output."""
-        copies = [[text] for text in self.sources]
-        references = [[text] for text in self.references]
+        """The source as output, the reference as output, and, where it is another text, what the
+        vocabulary makes of the reference: the most that any model here can write. Nothing where
+        the task has no such rows."""
+        if not self.quality.baselines:
+            return []
+        outputs = {"copy of the source": self.sources, "reference": self.references}
+        written = [self.student.through_vocabulary(row.trg) for row in self.rows]
+        if written != self.references:
+            outputs[VOCABULARY_ROW] = written
         return [
-            Measured("copy of the source", None, len(copies), self.score_texts(copies), None),
-            Measured("reference", None, len(references), self.score_texts(references), None),
+            Measured(name, None, len(texts), self.score_texts([[text] for text in texts]), None)
+            for name, texts in outputs.items()
         ]
 
     def fewest_teacher_steps(self) -> Measured | None:
@@ -211,6 +218,8 @@ def _notes(
         f"out, batch 1, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{comparison.student.precision}."
     ]
+    if quality.note:
+        notes.append(quality.note)
     base, total = _baseline(measured), comparison.student.denoiser.schedule.num_timesteps
     if base is not None and student.seconds:
         notes.append(

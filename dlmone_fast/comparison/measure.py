@@ -25,8 +25,8 @@ class Measuring:
     Args:
         rows: the test rows.
         quality: what is scored.
-        normalize_text: text as the models' tokenizer writes it, as which sources and references
-            are scored.
+        normalize_text: text in the models' spelling, as which sources and, if the quality asks
+            for it, references are scored.
         seed: of the texts.
         batch_size: rows a network call, of the texts that are scored.
         bootstrap: resamples of the 95 % intervals.
@@ -45,7 +45,8 @@ class Measuring:
         self.rows, self.quality = rows, quality
         self.seed, self.batch_size, self.bootstrap = seed, batch_size, bootstrap
         self.sources = [normalize_text(row.src) for row in rows]
-        self.references = [normalize_text(row.trg) for row in rows]
+        self.references = quality.references(rows, normalize_text)
+        self._known = quality.known(rows, normalize_text)
 
     def texts(
         self, model: Generator, steps: int, sampler: str | None, rows: int, candidates: int
@@ -71,7 +72,7 @@ class Measuring:
     def score_texts(self, texts: list[list[str]]) -> dict[str, Any]:
         """Scores of candidates [n][candidates] of the first n rows."""
         n = len(texts)
-        found = self.quality.score(self.sources[:n], self.references[:n], texts, self.bootstrap)
+        found = self.quality.score(self.sources[:n], self._known[:n], texts, self.bootstrap)
         return dict(found)
 
     def latency(self, model: Generator, steps: int, sampler: str | None) -> float:

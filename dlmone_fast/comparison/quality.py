@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from dlmone_fast.data.rows import Row
+from dlmone_fast.evaluation.bleu import Reference
 from dlmone_fast.evaluation.bootstrap import mean_interval, percentile_interval, resampled_sums
+from dlmone_fast.evaluation.pronunciation import score_pronunciations
 from dlmone_fast.evaluation.scores import score_generations
-from dlmone_fast.tasks import grammar
+from dlmone_fast.tasks import g2p, grammar
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,53 @@ class Metric:
         return f"{value:.{digits}f}{width}"
 
 
+def normal_targets(rows: Sequence[Row], normalize_text: Callable[[str], str]) -> list[str]:
+    """The target of each row as the models' tokenizer writes it."""
+    return [normalize_text(row.trg) for row in rows]
+
+
+def normal_references(rows: Sequence[Row], normalize_text: Callable[[str], str]) -> list[list[str]]:
+    """All references of each row as the models' tokenizer writes them."""
+    return [[normalize_text(text) for text in row.references] for row in rows]
+
+
+def all_references(
+    rows: Sequence[Row], normalize_text: Callable[[str], str]
+) -> list[tuple[str, ...]]:
+    """All references of each row, as they are."""
+    return [row.references for row in rows]
+
+
 @dataclass(frozen=True)
 class Quality:
-    """What a task reports: columns, the headline score, and how near counts as equal."""
+    """What a task reports.
+
+    Attributes:
+        metrics: columns.
+        headline: the score that systems are compared by; more is better.
+        tolerance: how near counts as equal.
+        score: (sources, references, candidates, bootstrap) → scores.
+        references: the target of each row, as a text of its own in the table.
+        known: all that texts are scored against, from the rows and the models' way of writing.
+        baselines: whether the source and the reference as output are rows of the table.
+        note: a line below the table.
+    """
 
     metrics: tuple[Metric, ...]
     headline: str
     tolerance: float
-    score: Callable[[Sequence[str], Sequence[str], list[list[str]], int], dict[str, object]]
+    score: Callable[[Sequence[str], Sequence[Any], list[list[str]], int], dict[str, object]]
+    references: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_targets
+    known: Callable[[Sequence[Row], Callable[[str], str]], Sequence[Any]] = normal_references
+    baselines: bool = True
+    note: str = ""
 
 
 def grammar_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     """Exact metrics of the embedded task, with bootstrap intervals over sources."""
     found = grammar.score(sources, candidates)
@@ -65,11 +103,31 @@ def grammar_scores(
 
 
 def text_scores(
-    sources: Sequence[str], references: Sequence[str], candidates: list[list[str]], bootstrap: int
+    sources: Sequence[str],
+    references: Sequence[Reference],
+    candidates: list[list[str]],
+    bootstrap: int,
 ) -> dict[str, object]:
     """The paper's metrics and the copy-aware ones."""
     columns = [list(column) for column in zip(*candidates, strict=True)]
     return score_generations(sources, references, columns, bootstrap=bootstrap)
+
+
+def pronunciation_scores(
+    sources: Sequence[str],
+    references: Sequence[Sequence[str]],
+    candidates: list[list[str]],
+    bootstrap: int,
+) -> dict[str, object]:
+    """Word and phoneme error rates against all references of a word."""
+    return score_pronunciations(references, candidates, bootstrap=bootstrap)
+
+
+def quality_of(task: str) -> Quality:
+    """What a task reports."""
+    if task == g2p.TASK:
+        return PRONUNCIATION
+    return GRAMMAR if task.startswith("grammar") else TEXT
 
 
 def _ratio_interval(parts: np.ndarray, wholes: np.ndarray, resamples: int) -> tuple[float, float]:
@@ -101,8 +159,25 @@ TEXT = Quality(
         Metric("self-BLEU", "self_bleu"),
         Metric("empty", "empty"),
         Metric("copies", "exact_copy"),
+        Metric("[UNK]", "unknown"),
     ),
     "ibleu",
     0.01,
     text_scores,
+)
+
+PRONUNCIATION = Quality(
+    (
+        Metric("WER", "wer", True),
+        Metric("PER", "per", True),
+        Metric("oracle WER", "oracle_wer", True),
+        Metric("distinct", "distinct"),
+    ),
+    "word_accuracy",
+    0.01,
+    pronunciation_scores,
+    all_references,
+    baselines=False,
+    note="Oracle WER: words of which none of the candidates is right; distinct: different "
+    "candidates of a word, the mean. Both need several (evaluation.candidates).",
 )

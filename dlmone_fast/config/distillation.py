@@ -123,6 +123,9 @@ class PairsConfig(Section):
 
     count: int = 0
     """Pairs of a source row and a noise; 0: none."""
+    targets: str = "teacher"
+    """Where y comes from: the teacher's sampler, or data: the training targets, whatever z is. The
+    latter makes the control of a distillation: a one-pass model on the same texts."""
     per_source: int = 4
     """Noises for each source row; rows follow a seeded order over the training split."""
     sampler: str = "ddim"
@@ -139,6 +142,7 @@ class PairsConfig(Section):
     def check(self) -> None:
         within(self, 0, 100_000_000, "count")
         within(self, 1, 1 << 20, "per_source", "batch_size")
+        one_of(self, ("teacher", "data"), "targets")
         one_of(self, ("ddim", "dpm-solver++", "q-sampling"), "sampler")
         within(self, 1, 100_000, "steps")
         if self.sampler == "q-sampling" and self.steps > 256:
@@ -173,6 +177,8 @@ class DistillConfig(Section):
     kept, at random, in the losses of ψ and θ, and their factor in the anchor loss."""
     scale_latent: bool = True
     """Feed sigma(t_init) * z rather than z to θ."""
+    temperature: float = 1.0
+    """Factor of z in training, and the student's default in generation; 0: a control without z."""
     discriminator: str = "token_head"
     """Per-token linear head, or channel_mean of the features before the last LayerNorm."""
     logit_clamp: float = 10.0
@@ -182,8 +188,9 @@ class DistillConfig(Section):
     embedding_noise: bool = False
     """Add sigma_0 * noise to real and generated embeddings before noising them."""
     selection_metric: str = "bleu"
-    """Validation score that chooses the best checkpoint: bleu, ibleu, or balanced (grammar only:
-    the mean of joint correctness and coverage of both registers, so that no collapse wins)."""
+    """Validation score that chooses the best checkpoint: bleu, ibleu; balanced (grammar only:
+    the mean of joint correctness and coverage of both registers, so that no collapse wins); or
+    word_accuracy (g2p only: the share of words that match a reference)."""
     selection_max_self_bleu: float = 1.0
     """A checkpoint whose texts of one source are more alike than this (self-BLEU) is the best one
     only until there is another: by BLEU alone a student that always says the same wins."""
@@ -204,8 +211,9 @@ class DistillConfig(Section):
         if self.t_min >= self.t_max:
             raise ConfigError(f"t_max must be above t_min ({self.t_min}), got {self.t_max}")
         one_of(self, ("token_head", "channel_mean"), "discriminator")
-        one_of(self, ("bleu", "ibleu", "balanced"), "selection_metric")
+        one_of(self, ("bleu", "ibleu", "balanced", "word_accuracy"), "selection_metric")
         within(self, 0, 20, "decodable_margin")
+        within(self, 0, 10, "temperature")
         within(self, 0, 1, "pad_weight", "selection_max_self_bleu")
         within(self, 0, 1000, "logit_clamp")
         within(self, 1, 1_000_000, "validation_rows")

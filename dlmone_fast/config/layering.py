@@ -17,6 +17,7 @@ from dlmone_fast.config.presets import PRESETS
 from dlmone_fast.config.schema import Config
 from dlmone_fast.config.section import Section, shown
 from dlmone_fast.errors import ConfigError
+from dlmone_fast.textfiles import decoded
 
 _MAX_FILE_BYTES = 1 << 20
 # Longest text in which the place of an error is looked for, at the cost of parsing it again.
@@ -100,9 +101,9 @@ def _read(file: str | os.PathLike[str]) -> str:
             "may have; name the TOML file of a run"
         )
     try:
-        return content.decode("utf-8")
+        return decoded(content)
     except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8")
+        before = decoded(error.object[: error.start])
         raise ConfigError(
             f"--config {file}: is not UTF-8 text ({error.reason}){_near_line(before, -1)}"
         ) from error

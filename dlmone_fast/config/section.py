@@ -6,8 +6,9 @@ import contextlib
 import contextvars
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from dlmone_fast.checks import as_real, as_whole
 from dlmone_fast.errors import ConfigError
 
 # Characters of a value that a message repeats.
@@ -41,11 +42,12 @@ class Section:
 def _check_types(section: Section) -> None:
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         value, kind = getattr(section, item.name), item.type
-        if kind is float and type(value) in (int, float):
+        plain = _CONVERT[kind](value) if kind in _CONVERT else None
+        if plain is not None:
             # The comparison also refuses NaN, and whole numbers beyond a float's range.
-            if not abs(value) <= sys.float_info.max:
+            if kind is float and not abs(plain) <= sys.float_info.max:
                 raise ConfigError(f"{item.name} must be finite, got {shown(value)}")
-            object.__setattr__(section, item.name, float(value))
+            object.__setattr__(section, item.name, plain)
         elif kind in _KINDS and type(value) is not kind:
             raise ConfigError(f"{item.name} must be {_KINDS[kind]}, got {shown(value)}")
         if isinstance(value, str) and not _is_text(value):
@@ -65,6 +67,8 @@ def _is_text(value: str) -> bool:
 _KINDS: dict[object, str] = {
     int: "a whole number", float: "a number", str: "a string", bool: "a boolean",
 }  # fmt: skip
+# A number of any library becomes Python's own, which TOML and JSON can hold.
+_CONVERT: dict[object, Callable[[object], float | None]] = {int: as_whole, float: as_real}
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ from dlmone_fast.errors import ConfigError
 # Keys, whether they are read, and what would read them.
 _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (
-        ("data.vocab_file", "data.lowercase"),
+        ("data.vocab_file", "data.lowercase", "data.strip_accents"),
         lambda c: not c.is_grammar,
         "text of your own: a grammar has its own words; name data.task = 'custom' with --data-dir",
     ),
@@ -21,6 +21,11 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ("data.vocab_size",),
         lambda c: not (c.is_grammar or c.data.vocab_file),
         "a vocabulary that is learnt: name data.task = 'custom' and no data.vocab_file",
+    ),
+    (
+        ("data.vocab_size", "data.strip_accents"),
+        lambda c: c.data.tokenizer == "wordpiece",
+        "data.tokenizer = 'wordpiece': an aligned one learns its letters and labels",
     ),
     (
         ("data.train_rows",),
@@ -40,10 +45,15 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (
         tuple(
             f"distill.pairs.{name}"
-            for name in ("per_source", "sampler", "steps", "temperature", "batch_size")
+            for name in ("targets", "per_source", "sampler", "steps", "temperature", "batch_size")
         ),
         lambda c: c.distill.pairs.count > 0,
         "distill.pairs.count above 0",
+    ),
+    (
+        ("distill.pairs.sampler", "distill.pairs.steps", "distill.pairs.temperature"),
+        lambda c: c.distill.pairs.targets == "teacher",
+        "distill.pairs.targets = 'teacher'",
     ),
 )
 

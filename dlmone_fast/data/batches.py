@@ -10,20 +10,38 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dlmone_fast.checks import as_whole, is_whole
+from dlmone_fast.config import ModelConfig
 from dlmone_fast.config.room import SEPARATORS
 from dlmone_fast.data.cache import TokenCache
 from dlmone_fast.data.layouts import check_seq_len, layout_source, source_limit
+from dlmone_fast.data.slots import batch_in_slots, source_lengths
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels.draws import LIMIT
 from dlmone_fast.kernels.noise import Stream, permutation
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
+
+# Batches that are sorted by length together: enough for even lengths, few enough to stay mixed.
+_POOL = 40
 
 Rows = Sequence[int] | npt.NDArray[np.int64] | torch.Tensor
 IntArray = npt.NDArray[np.int64]
 
 
+def training_batch(
+    cache: TokenCache, rows: Rows, sizes: ModelConfig, tokenizer: TextTokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), int64 [B, L], of rows as a model of these sizes reads them.
+
+    L is `seq_len`, or less where sources are in slots and the batch's are short.
+    """
+    if sizes.in_slots:
+        return batch_in_slots(cache, _checked_rows(rows, len(cache)), sizes, tokenizer)
+    return batch(cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
+
+
 def batch(
-    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: Tokenizer, source_positions: int = 0
+    cache: TokenCache, rows: Rows, seq_len: int, tokenizer: TextTokenizer, source_positions: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, mask), int64 [B, seq_len], of `rows` laid out as `dlmone_fast.data.layout`.
 
@@ -48,7 +66,11 @@ def batch(
 
 
 def _laid_out(
-    cache: TokenCache, index: IntArray, seq_len: int, tokenizer: Tokenizer, source_positions: int
+    cache: TokenCache,
+    index: IntArray,
+    seq_len: int,
+    tokenizer: TextTokenizer,
+    source_positions: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     src_start, src_length = _spans(cache.src_offsets, index)
     trg_start, trg_length = _spans(cache.trg_offsets, index)
@@ -84,7 +106,7 @@ def without_sources(
 def source_batch(
     sources: Sequence[Sequence[int]],
     seq_len: int,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     max_source_tokens: int | None = None,
     on_overflow: Literal["error", "truncate"] = "error",
     source_positions: int = 0,
@@ -127,15 +149,24 @@ class BatchStream:
     Batch `step` holds places step·B … step·B + B - 1 of the endless sequence of epochs, so a
     batch may span two of them and no row is lost; training resumes anywhere without a state.
     Two streams with different `stream` are independent draws.
+
+    With `lengths`, one a row, rows of similar length share a batch: the order's batches are sorted
+    by length within pools of `_POOL` batches, and the pool's batches are shuffled.
     """
 
     def __init__(
-        self, cache: Sized, seed: int, batch_size: int, stream: Stream = Stream.DATA_ORDER
+        self,
+        cache: Sized,
+        seed: int,
+        batch_size: int,
+        stream: Stream = Stream.DATA_ORDER,
+        lengths: IntArray | None = None,
     ) -> None:
         self.rows = len(cache)
+        self.lengths = lengths
         if self.rows < 1:
             raise UsageError("cache: expected at least one row, got none")
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= 2**24:
+        if not is_whole(batch_size, 1, 2**24):
             raise UsageError(f"batch_size: expected 1 to {2**24}, got {batch_size!r}")
         self.seed = seed
         self.batch_size = batch_size
@@ -144,7 +175,7 @@ class BatchStream:
 
     def batch_rows(self, step: int) -> IntArray:
         """Return the row indices of global batch `step` (from 0), int64 [batch_size]."""
-        if not 0 <= step < 2**48:
+        if not is_whole(step, 0, 2**48 - 1):
             raise UsageError(f"step: expected 0 to {2**48 - 1}, got {step}")
         place, left, parts = step * self.batch_size, self.batch_size, []
         while left:
@@ -157,15 +188,39 @@ class BatchStream:
     def _order(self, epoch: int) -> IntArray:
         if self._cached_order is None or self._cached_order[0] != epoch:
             # One counter word names the epoch. Beyond it orders come again.
-            order = epoch_order(self.seed, epoch % LIMIT, self.rows, self.stream)
-            self._cached_order = (epoch, order.numpy())
+            order = epoch_order(self.seed, epoch % LIMIT, self.rows, self.stream).numpy()
+            if self.lengths is not None:
+                order = self._by_length(order, epoch)
+            self._cached_order = (epoch, order)
         return self._cached_order[1]
+
+    def _by_length(self, order: IntArray, epoch: int) -> IntArray:
+        """An epoch's order with rows of similar length side by side, batch by batch."""
+        assert self.lengths is not None
+        size = self.batch_size
+        # The epoch's first rows fill up the batch that the epoch before has begun.
+        first = -epoch * self.rows % size
+        whole = max(0, (len(order) - first) // size)
+        batches = order[first : first + whole * size].copy().reshape(whole, size)
+        for start in range(0, whole, _POOL):
+            pool = batches[start : start + _POOL]
+            rows: IntArray = pool.reshape(-1)
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(pool.shape)
+            number = epoch * -(-whole // _POOL) + start // _POOL
+            mixed = permutation(self.seed, Stream.BATCH_ORDER, number % LIMIT, len(pool))
+            batches[start : start + _POOL] = rows[mixed.numpy()]
+        return np.concatenate([order[:first], batches.reshape(-1), order[first + whole * size :]])
+
+
+def lengths_for(cache: TokenCache, sizes: ModelConfig) -> IntArray | None:
+    """What rows are put together by: source lengths where batches are cut to them, else None."""
+    return source_lengths(cache) if sizes.in_slots else None
 
 
 def batches_in_order(rows: int, batch_size: int) -> Iterator[IntArray]:
     """Yield row indices 0 … rows - 1 in order, the last batch ragged (evaluation)."""
-    if batch_size < 1:
-        raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
+    if (as_whole(batch_size) or 0) < 1:
+        raise UsageError(f"batch_size: expected at least 1, got {batch_size!r}")
     for start in range(0, rows, batch_size):
         yield np.arange(start, min(start + batch_size, rows), dtype=np.int64)
 

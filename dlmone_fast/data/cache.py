@@ -7,8 +7,10 @@ killed builds are never read and may be deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -22,14 +24,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dlmone_fast.aligned_tokenizer import AlignedTokenizer
+from dlmone_fast.data.fidelity import Fidelity
 from dlmone_fast.data.ragged import RaggedWriter
 from dlmone_fast.data.rows import Row, read_rows
 from dlmone_fast.errors import DataError
 from dlmone_fast.files import fsync_directory, write_atomically
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 2048
+_SHOWN_LINES = 5
 _ARRAYS = {"src_ids": "<i4", "src_offsets": "<i8", "trg_ids": "<i4", "trg_offsets": "<i8"}
 
 
@@ -38,6 +45,7 @@ class TokenCache:
     """`[CLS] … [SEP]` ids of both sides, ragged: row i is `ids[offsets[i]:offsets[i + 1]]`.
 
     With `both_directions`, row N + i of the N stored ones is row i with its sides exchanged.
+    `dropped` rows of the file are not here: they cannot be aligned.
     """
 
     folder: Path
@@ -46,6 +54,7 @@ class TokenCache:
     trg_ids: npt.NDArray[np.int32]
     trg_offsets: npt.NDArray[np.int64]
     both_directions: bool = False
+    dropped: int = 0
 
     @property
     def stored(self) -> int:
@@ -70,11 +79,15 @@ class TokenCache:
         return src.tolist(), trg.tolist()
 
 
-def open_or_build(data_path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path) -> TokenCache:
+def open_or_build(
+    data_path: str | Path, tokenizer: TextTokenizer, cache_dir: str | Path
+) -> TokenCache:
     """Open the token cache of one data file under `cache_dir`, building it if need be.
 
-    Memory stays bounded whatever the file's size. Raise DataError for data that cannot be read
-    or tokenised and where the cache cannot be written.
+    Memory stays bounded whatever the file's size. With an `AlignedTokenizer`, rows that cannot be
+    aligned are left out, counted in `meta.json`, and said in the log when the cache is built. Raise
+    DataError for data that cannot be read or tokenised, of which no row is left, and where the
+    cache cannot be written.
     """
     data_path, cache_dir = Path(data_path), Path(cache_dir)
     identity = {
@@ -119,15 +132,21 @@ def _opened(folder: Path, identity: dict[str, Any]) -> TokenCache | None:
         ids, offsets = arrays[f"{side}_ids"], arrays[f"{side}_offsets"]
         if len(offsets) - 1 != meta.get("rows") or offsets[0] != 0 or offsets[-1] != len(ids):
             return None
-    return TokenCache(folder=folder, **arrays)
+    return TokenCache(folder=folder, **arrays, dropped=meta.get("dropped", 0))
 
 
-def _build(folder: Path, identity: dict[str, Any], data_path: Path, tokenizer: Tokenizer) -> None:
+def _build(
+    folder: Path, identity: dict[str, Any], data_path: Path, tokenizer: TextTokenizer
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:
-        rows = _write_arrays(building, data_path, tokenizer)
-        meta = {"identity": identity, "rows": rows, "sha256": _hashes(building)}
+        rows, dropped = _write_arrays(building, data_path, tokenizer)
+        _say_dropped(data_path, rows, dropped)
+        meta = {
+            "identity": identity, "rows": rows, "dropped": len(dropped),
+            "sha256": _hashes(building),
+        }  # fmt: skip
         write_atomically(building / "meta.json", [json.dumps(meta, indent=2).encode()])
         _install(building, folder, identity)
     finally:
@@ -146,22 +165,60 @@ def _install(building: Path, folder: Path, identity: dict[str, Any]) -> None:
     fsync_directory(folder.parent)
 
 
-def _write_arrays(folder: Path, data_path: Path, tokenizer: Tokenizer) -> int:
+def _write_arrays(folder: Path, data_path: Path, tokenizer: TextTokenizer) -> tuple[int, list[int]]:
+    """Write the ids; return the rows written and the lines of those left out."""
     src, trg = RaggedWriter(folder, "src"), RaggedWriter(folder, "trg")
-    count, complete = 0, False
+    count, dropped, complete, fidelity = 0, list[int](), False, Fidelity()
     try:
         for chunk in _chunks(_with_progress(_fitting(data_path, tokenizer), data_path.name)):
-            src.append(tokenizer.encode([row.src for row in chunk]))
-            trg.append(tokenizer.encode([row.trg for row in chunk]))
-            count += len(chunk)
+            sources, targets, without = _encoded(chunk, tokenizer)
+            src.append(sources)
+            trg.append(targets)
+            count += len(sources)
+            dropped += without
+            if tokenizer.kind == "wordpiece":
+                fidelity.add(tokenizer, [row.src for row in chunk], sources)
+                fidelity.add(tokenizer, [row.trg for row in chunk], targets)
         complete = True
     finally:
         src.close(complete=complete)
         trg.close(complete=complete)
-    return count
+    if tokenizer.kind == "wordpiece":
+        with contextlib.suppress(OSError):
+            print(fidelity.line(data_path.name), file=sys.stderr)
+    return count, dropped
 
 
-def _fitting(path: Path, tokenizer: Tokenizer) -> Iterator[Row]:
+def _encoded(
+    rows: list[Row], tokenizer: TextTokenizer
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Ids of both sides, and the lines of rows without any."""
+    sources, targets = [row.src for row in rows], [row.trg for row in rows]
+    if not isinstance(tokenizer, AlignedTokenizer):
+        return tokenizer.encode(sources), tokenizer.encode(targets), []
+    aligned = tokenizer.encode_targets(sources, targets)
+    kept = [source for source, ids in zip(sources, aligned, strict=True) if ids is not None]
+    dropped = [row.line for row, ids in zip(rows, aligned, strict=True) if ids is None]
+    return tokenizer.encode(kept), [ids for ids in aligned if ids is not None], dropped
+
+
+def _say_dropped(path: Path, kept: int, dropped: list[int]) -> None:
+    """Tell how many rows are left out; refuse a file of which nothing is left."""
+    if not dropped:
+        return
+    lines = ", ".join(map(str, dropped[:_SHOWN_LINES])) + (", …" if dropped[_SHOWN_LINES:] else "")
+    reason = (
+        f"{path}: {len(dropped)} of {kept + len(dropped)} rows "
+        f"({len(dropped) / (kept + len(dropped)):.2%}) cannot be aligned, with a letter or symbol "
+        "that the training split has not, or more symbols than their letters can hold (lines "
+        f"{lines})"
+    )
+    if not kept:
+        raise DataError(f"{reason}; give words as src, and their symbols with spaces as trg")
+    logger.warning("%s; they are left out", reason)
+
+
+def _fitting(path: Path, tokenizer: TextTokenizer) -> Iterator[Row]:
     for row in read_rows(path):
         longest = max(len(row.src), len(row.trg))
         if longest > tokenizer.max_chars:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from dlmone_fast.checks import as_whole, is_whole
 from dlmone_fast.config.room import SEPARATORS, default_source_limit, largest_source
 from dlmone_fast.errors import PromptError, UsageError
 
@@ -91,13 +92,18 @@ def layout_source(
     return ids + [pad_id] * (seq_len - len(ids)), [0] * given + [1] * (seq_len - given)
 
 
-def source_limit(seq_len: int, max_source_tokens: int | None, source_positions: int = 0) -> int:
+def source_limit(
+    seq_len: int,
+    max_source_tokens: int | None,
+    source_positions: int = 0,
+    source: str = "joined",
+) -> int:
     """Return the largest source, checked to leave at least [CLS] and [SEP] for the target."""
     check_seq_len(seq_len, source_positions)
-    largest = largest_source(seq_len, source_positions)
+    largest = largest_source(seq_len, source_positions, source)
     if max_source_tokens is None:
-        return default_source_limit(seq_len, source_positions)
-    if not isinstance(max_source_tokens, int) or not 2 <= max_source_tokens <= largest:
+        return default_source_limit(seq_len, source_positions, source)
+    if not is_whole(max_source_tokens, 2, largest):
         room = f"{source_positions} source positions" if source_positions else f"seq_len {seq_len}"
         raise UsageError(
             f"max_source_tokens: expected 2 to {largest} ({room} less room for what follows), "
@@ -125,14 +131,15 @@ def kept_lengths(src: int, trg: int, seq_len: int, source_positions: int = 0) ->
 
 def check_seq_len(seq_len: int, source_positions: int = 0) -> None:
     """Raise UsageError for a sequence that no pair can be laid out in."""
-    if not isinstance(seq_len, int) or not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
+    if not is_whole(seq_len, MIN_SEQ_LEN, MAX_SEQ_LEN):
         raise UsageError(
             f"seq_len: expected {MIN_SEQ_LEN} to {MAX_SEQ_LEN} (three [SEP] and two [CLS] are "
             f"always there), got {seq_len!r}"
         )
-    if source_positions and not MIN_SOURCE <= source_positions <= seq_len - MIN_TARGET:
+    room = seq_len - MIN_TARGET
+    if as_whole(source_positions) != 0 and not is_whole(source_positions, MIN_SOURCE, room):
         raise UsageError(
-            f"source_positions: expected 0, or {MIN_SOURCE} to {seq_len - MIN_TARGET} (room for a "
+            f"source_positions: expected 0, or {MIN_SOURCE} to {room} (room for a "
             f"target within seq_len {seq_len}), got {source_positions!r}"
         )
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from dlmone_fast.checks import as_whole
 from dlmone_fast.errors import DataError, UsageError
+from dlmone_fast.textfiles import lines_of
 
 SPLITS = ("train", "valid", "test")
 MAX_LINE_BYTES = 16 * 2**20
@@ -28,8 +30,16 @@ class Row:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """All references: `refs` if there are any, else the target alone."""
-        return self.refs or (self.trg,)
+        """All references: the target, and what `refs` holds beside it."""
+        return with_first(self.trg, self.refs)
+
+
+def with_first(reference: str, refs: Sequence[str]) -> tuple[str, ...]:
+    """`refs` with `reference` as the first of them, which need not be there twice."""
+    others = list(refs)
+    if reference in others:
+        others.remove(reference)
+    return (reference, *others)
 
 
 def find_split(data_dir: str | Path, split: str) -> Path:
@@ -62,7 +72,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            for line in lines_of(file, MAX_LINE_BYTES):
                 number += 1
                 yield _row(path, number, line)
     except (OSError, EOFError, zlib.error) as error:
@@ -76,8 +86,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 def load_rows(data_dir: str | Path, split: str, limit: int | None = None) -> list[Row]:
     """Return the rows of a split, at most the first `limit`."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit: expected at least 1, got {limit}")
+    if limit is not None and (as_whole(limit) or 0) < 1:
+        raise UsageError(f"limit: expected a whole number of at least 1, got {limit!r}")
     return list(islice(read_rows(find_split(data_dir, split)), limit))
 
 
@@ -117,16 +127,22 @@ def _parsed(number: int, line: bytes) -> Row:
     if refs is not None and not isinstance(refs, list):
         raise ValueError(f"key 'refs': expected a list of strings, got {type(refs).__name__}")
     return Row(
-        src=_text("src", content.get("src")),
-        trg=_text("trg", content.get("trg")),
+        src=_text("src", _value(content, "src")),
+        trg=_text("trg", _value(content, "trg")),
         line=number,
         refs=tuple(_text(f"refs[{i}]", ref) for i, ref in enumerate(refs or [])),
     )
 
 
+def _value(content: dict[str, object], key: str) -> object:
+    if key not in content:
+        raise ValueError(f"key {key!r} is missing")
+    return content[key]
+
+
 def _text(key: str, value: object) -> str:
     if value is None:
-        raise ValueError(f"key {key!r} is missing")
+        raise ValueError(f"key {key!r} is null")
     if not isinstance(value, str):
         raise ValueError(f"key {key!r}: expected a string, got {type(value).__name__}")
     try:

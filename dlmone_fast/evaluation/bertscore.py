@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlmone_fast.arguments import refuse_one
+from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import BackendUnavailableError, ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def bertscore_f1(
     refuse_one("references", references)
     tokenizer, model = _load(str(Path(model_dir).resolve()), model_dir)
     layers = model.config.num_hidden_layers
-    if layer is not None and not 0 <= layer <= layers:
+    if layer is not None and not is_whole(layer, 0, layers):
         raise UsageError(f"bertscore_layer: expected 0 to {layers} for this model, got {layer}.")
     scores = np.zeros(len(hypotheses))
     filled = [

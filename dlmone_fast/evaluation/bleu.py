@@ -1,21 +1,28 @@
 """Sentence BLEU as DiffuSeq reports it: NLTK >= 3.7, smoothing method 4, whitespace tokens.
 
-One reference, uniform weights over 1- to 4-grams, the usual brevity penalty. Smoothing is
-method 4 of Chen and Cherry (WMT 2014) in the form NLTK has carried since 3.7; older NLTK
-releases give other numbers for the same text.
+Uniform weights over 1- to 4-grams, the usual brevity penalty; of several references a text is held
+against the n-grams of all, and the length nearest to its own (Papineni et al., ACL 2002, as in
+NLTK). Smoothing is method 4 of Chen and Cherry (WMT 2014) in the form NLTK has carried since 3.7;
+older NLTK releases give other numbers for the same text.
+
+[UNK] stands for any word that a vocabulary lacks, so that two of them are not known to be the same
+word: it counts in lengths and matches nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 MAX_ORDER = 4
 _SMOOTHING_K = 5
+UNKNOWN = "[UNK]"
 Ngram = tuple[str, ...]
+# The reference of a row, or its references, one at least.
+Reference = str | Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +43,24 @@ def ngrams(tokens: Sequence[str], order: int) -> Iterator[Ngram]:
     return zip(*(tokens[start:] for start in range(order)), strict=False)
 
 
+def references_of(reference: Reference) -> list[str]:
+    """The references of a row as a list."""
+    return [reference] if isinstance(reference, str) else list(reference)
+
+
+def is_unknown(token: str) -> bool:
+    """Whether a token is or holds [UNK]: decoding joins punctuation to it."""
+    return UNKNOWN in token
+
+
 def profile_tokens(tokens: Sequence[str]) -> NgramProfile:
-    """Count the 1- to 4-grams of a tokenised sentence."""
+    """Count the 1- to 4-grams of a tokenised sentence, those with [UNK] left out."""
     counts = [Counter(ngrams(tokens, order)) for order in range(1, MAX_ORDER + 1)]
+    if any(map(is_unknown, tokens)):
+        counts = [
+            Counter({gram: n for gram, n in count.items() if not any(map(is_unknown, gram))})
+            for count in counts
+        ]
     return NgramProfile(
         len(tokens),
         tuple(frozenset(count) for count in counts),
@@ -50,6 +72,29 @@ def _repeated(count: Counter[Ngram]) -> dict[Ngram, int]:
     if count.total() == len(count):
         return {}
     return {ngram: times for ngram, times in count.items() if times > 1}
+
+
+def merged_profile(profiles: Sequence[NgramProfile]) -> NgramProfile:
+    """The n-grams of several references, each as often as in the one that has it most.
+
+    Its `length` is the first one's: take `nearest_length` for a brevity penalty.
+    """
+    if len(profiles) == 1:
+        return profiles[0]
+    repeated: tuple[dict[Ngram, int], ...] = tuple({} for _ in range(MAX_ORDER))
+    for profile in profiles:
+        for most, counts in zip(repeated, profile.repeated, strict=True):
+            for ngram, times in counts.items():
+                most[ngram] = max(times, most.get(ngram, 0))
+    kinds = zip(*(profile.kinds for profile in profiles), strict=True)
+    return NgramProfile(
+        profiles[0].length, tuple(frozenset().union(*order) for order in kinds), repeated
+    )
+
+
+def nearest_length(lengths: Iterable[int], hypothesis_len: int) -> int:
+    """The length nearest to the hypothesis's, the shorter one of two."""
+    return min(lengths, key=lambda length: (abs(length - hypothesis_len), length))
 
 
 def clipped_matches(first: NgramProfile, second: NgramProfile) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import UsageError
 
 DEFAULT_RESAMPLES = 1000
@@ -40,7 +41,7 @@ class PairedDifference:
 
 def check_resamples(resamples: int) -> None:
     """Raise `UsageError` unless 0 <= resamples <= 1,000,000."""
-    if not 0 <= resamples <= MAX_RESAMPLES:
+    if not is_whole(resamples, 0, MAX_RESAMPLES):
         raise UsageError(
             f"bootstrap: expected 0 (no intervals) to {MAX_RESAMPLES} resamples, got {resamples}."
         )

@@ -48,6 +48,11 @@ class CandidateModel(Protocol):
         """
         ...
 
+    def check_prompt(self, prompt: str, on_overflow: str = "error", name: str = "prompt") -> None:
+        """Raise PromptError, which calls it `name`, for a text that `generate_candidates` would
+        refuse."""
+        ...
+
     def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:
         """Ids of a pair, cut together to the sequence length as DiffuSeq does."""
         ...
@@ -57,5 +62,9 @@ class CandidateModel(Protocol):
         ...
 
     def normalize_text(self, text: str) -> str:
-        """Encode and decode without special tokens: the text as the model itself would write it."""
+        """The text in the model's spelling (case, spaces, punctuation), with all of its words.
+
+        A model that also has `through_vocabulary(text)`, which encodes and decodes, gets a row that
+        tells what its vocabulary cannot write.
+        """
         ...

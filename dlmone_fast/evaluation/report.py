@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlmone_fast.evaluation.table import Table
+from dlmone_fast.tasks import g2p
 from dlmone_fast.tasks.paper import PAPER, TASK_TITLES, PaperRow, paper_rows
 
 # Column title, metric, digits after the point.
@@ -18,14 +19,17 @@ _REFERENCE_COLUMNS = (
     ("Div-4", "div_4", 4),
     ("sacreBLEU", "sacrebleu", 2),
 )
+VOCABULARY_ROW = "reference in the model's vocabulary"
 _SOURCE_COLUMNS = (
     ("source-BLEU", "source_bleu", 4),
     ("iBLEU", "ibleu", 4),
     ("exact copies", "exact_copy", 4),
+    ("exact match", "exact_match", 4),
     ("empty", "empty", 4),
     ("repeats", "repeat", 4),
     ("length ratio", "length_ratio", 3),
     ("words", "avg_len", 2),
+    ("[UNK]", "unknown", 4),
 )
 
 
@@ -33,8 +37,11 @@ def format_report(result: Mapping[str, Any], *, name: str, task: str = "") -> st
     """Text of the result of `evaluate_model` or `evaluate_generations`.
 
     `name` labels the system's row; `task` ("qqp", "quasar-t", "wiki-auto") adds the paper's rows.
-    Every value has its 95 % interval's half-width behind it.
+    Every value has its 95 % interval's half-width behind it. Scores of pronunciations have one
+    table, with published systems.
     """
+    if "wer" in result:
+        return _pronunciation_report(result, name)
     systems = _systems(result, name)
     published = paper_rows(task, mbr=result["mbr"] is not None)
     references = _table(_REFERENCE_COLUMNS, systems)
@@ -52,12 +59,45 @@ def format_report(result: Mapping[str, Any], *, name: str, task: str = "") -> st
     return "\n\n".join([*parts, "\n".join(_notes(result, name, task))])
 
 
+def _pronunciation_report(result: Mapping[str, Any], name: str) -> str:
+    run = result["run"]
+    draws = run["num_candidates"]
+    columns = (("WER", "wer", 4), ("PER", "per", 4), (f"oracle WER of {draws}", "oracle_wer", 4))
+    table = Table(["system", *(title for title, _, _ in columns), "distinct", "ms per word"])
+    # A batch's time is that of all candidates of its words.
+    took = f"{1000 * run['seconds'] / run['rows']:.3f}" if "seconds" in run else None
+    table.add(
+        name, *(_cell(result, metric, digits) for _, metric, digits in columns),
+        _cell(result, "distinct", 2), took,
+    )  # fmt: skip
+    for row in g2p.PUBLISHED:
+        per = None if row.per is None else f"{row.per:.3f}"
+        table.add(f"{row.system} ({row.source})", f"{row.wer:.3f}", per, None, None, None)
+    notes = [
+        _size_note(run),
+        *_run_notes(run),
+        _interval_note(run),
+        "WER: share of candidates that equal no reference; PER: edits to the closest reference; "
+        "oracle WER: words of which no candidate is right; distinct: different candidates of a "
+        "word. Definitions: dlmone_fast/tasks/g2p.py.",
+    ]
+    return "\n\n".join(["Pronunciations", table.markdown(), "\n".join(notes)])
+
+
+def _size_note(run: Mapping[str, Any]) -> str:
+    candidates = _count(run["num_candidates"], "candidate")
+    return f"{run['rows']} rows, {candidates} per source, seed {run['seed']}."
+
+
 def _systems(result: Mapping[str, Any], name: str) -> list[tuple[str, Mapping[str, Any]]]:
     rows = [(name, result)]
     if result["mbr"] is not None:
         rows.append((f"{name}, MBR-{result['run']['num_candidates']}", result["mbr"]))
     baselines = result["baselines"]
-    return [*rows, ("copy of the source", baselines["copy"]), ("reference", baselines["reference"])]
+    rows += [("copy of the source", baselines["copy"]), ("reference", baselines["reference"])]
+    if "vocabulary" in baselines:
+        rows.append((VOCABULARY_ROW, baselines["vocabulary"]))
+    return rows
 
 
 def _table(
@@ -103,8 +143,7 @@ def _extra_table(result: Mapping[str, Any]) -> Table:
 def _notes(result: Mapping[str, Any], name: str, task: str) -> list[str]:
     run = result["run"]
     notes = [
-        f"{run['rows']} rows, {_count(run['num_candidates'], 'candidate')} per source"
-        f", seed {run['seed']}.",
+        _size_note(run),
         *_run_notes(run),
         _interval_note(run),
         f"sacreBLEU: {result['sacrebleu_signature']}.",
@@ -113,6 +152,12 @@ def _notes(result: Mapping[str, Any], name: str, task: str) -> list[str]:
     ]
     if result["bertscore"] is None:
         notes.append("BERTScore: skipped, no local model given (--bertscore-model DIR).")
+    if "vocabulary" in result["baselines"]:
+        notes.append(
+            f"{VOCABULARY_ROW}: what the tokenizer gives back of the references, and so the most "
+            "that any model with it can score; accents that it strips and words that it writes as "
+            "[UNK] match nothing."
+        )
     if result["self_bleu"] is None:
         notes.append("self-BLEU: undefined with one candidate per source.")
     return notes + _copy_notes(result, name, task)

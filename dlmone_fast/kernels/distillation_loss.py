@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlmone_fast.checks import as_real
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch
 from dlmone_fast.kernels.triton import support
@@ -268,10 +269,10 @@ def _check(tensors: dict[str, Tensor], mask: Tensor) -> None:
 def _check_values(form: str, mu: float, floor: float) -> None:
     if form not in _FORMS:
         raise UsageError(f'distillation_loss: form must be "sid" or "kl", got {form!r}')
-    if not math.isfinite(mu):
+    if as_real(mu) is None or not math.isfinite(mu):
         raise UsageError(f"distillation_loss: mu must be a finite number, got {mu}")
     # The fp32 kernels would see anything smaller as 0.
-    if not 1e-30 <= floor < math.inf:
+    if as_real(floor) is None or not 1e-30 <= floor < math.inf:
         raise UsageError(
             f"distillation_loss: weight_floor must lie in [1e-30, inf), got {floor}; "
             "weight_floor(0.05, embedding) of this module gives 5 % of the embedding's scale"

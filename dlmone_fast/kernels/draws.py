@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeAlias
@@ -10,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from dlmone_fast.checks import as_whole
 from dlmone_fast.errors import UsageError
 
 LIMIT = 1 << 32
@@ -48,6 +48,7 @@ class Stream(IntEnum):
     FAKE_PAD = 26
     REAL_PAD = 27
     GENERATOR_PAD = 28
+    BATCH_ORDER = 29
 
 
 def draws_of(seed: PerRow, sample: PerRow, step: PerRow, device: torch.device) -> Tensor:
@@ -153,13 +154,10 @@ def _seed(seed: object) -> int:
 
 
 def _index(name: str, value: object) -> int:
-    # A compiler cannot follow operator.index of an enumeration.
-    if isinstance(value, int):
-        return int(value)
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise UsageError(f"{name} must be an int, got {type(value).__name__}") from None
+    number = as_whole(value)
+    if number is None:
+        raise UsageError(f"{name} must be an int, got {type(value).__name__}")
+    return number
 
 
 def _within(tensor: Tensor, limit: int) -> bool:

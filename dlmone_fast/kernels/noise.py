@@ -33,6 +33,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import UsageError
 from dlmone_fast.kernels import dispatch, native, philox
 from dlmone_fast.kernels.draws import (
@@ -186,8 +187,8 @@ def permutation(seed: int, stream: int, epoch: int, n: int) -> Tensor:
     Items are sorted by a 64-bit key: words 0 (high half) and 1 (low half) of the block with
     sample = item, step = epoch. Equal keys keep the item order.
     """
-    if not 0 <= n <= LIMIT:
-        raise UsageError(f"permutation: n must lie in [0, 2^32], got {n}")
+    if not is_whole(n, 0, LIMIT):
+        raise UsageError(f"permutation: n must lie in [0, 2^32], got {n!r}")
     purpose = stream_word("permutation", stream)
     items = torch.arange(n, dtype=torch.int64, device="cpu")
     words = philox.rounds(

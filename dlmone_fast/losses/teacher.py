@@ -128,6 +128,9 @@ def token_nll(
 def token_losses(tokens: TokenEmbedding, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """The cross-entropies [B, L] of `token_nll`, 0 where mask is 0."""
     table = tokens.table()
+    if tokens.in_slots:
+        # What an empty position holds is no row of the table; its mask is 0.
+        ids = ids.clamp(max=len(table) - 1)
     if torch.is_autocast_enabled(h.device.type):
         # A custom operation computes in the dtypes it is given.
         dtype = torch.get_autocast_dtype(h.device.type)

@@ -23,7 +23,7 @@ from dlmone_fast.samplers import steps
 SectionType = TypeVar("SectionType", ModelConfig, DiffusionConfig)
 
 # What folders of version 1 may lack: added since, and off where it is not named.
-_LATER_KEYS = frozenset({"source_positions", "self_conditioning"})
+_LATER_KEYS = frozenset({"source", "source_positions", "source_window", "self_conditioning"})
 
 
 class Denoiser(nn.Module):
@@ -153,7 +153,8 @@ class Denoiser(nn.Module):
 
     def _checked(self, x: Tensor) -> Tensor:
         """x in the networks' dtype, if it is [B, L, d] with an L that has positions."""
-        width, most = self.config.embedding_dim, self.config.max_positions
+        sizes = self.config
+        width, most = sizes.embedding_dim, max(sizes.max_positions, sizes.seq_len)
         if x.dim() != 3 or x.shape[2] != width or not 1 <= x.shape[1] <= most:
             raise UsageError(
                 f"x must be [B, L, {width}] with L from 1 to {most}, got {tuple(x.shape)}"

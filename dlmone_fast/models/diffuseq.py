@@ -23,6 +23,7 @@ from dlmone_fast.models.diffuseq_convert import ARGS_NAME, EMBEDDINGS, ONLY_V1, 
 from dlmone_fast.models.folder import save_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import StrPath, read_json
+from dlmone_fast.tokenizer import Tokenizer
 
 MAX_CHECKPOINT_BYTES = 4 << 30
 _MIN_TORCH = (2, 10)
@@ -42,6 +43,8 @@ class ImportReport:
     model: ModelConfig
     diffusion: DiffusionConfig
     has_tokenizer: bool
+    lowercase: bool | None = None
+    """Whether the tokenizer lower-cases its text; None without one."""
 
 
 def import_teacher(
@@ -51,6 +54,7 @@ def import_teacher(
     embedding: str = "raw",
     checkpoint: StrPath | None = None,
     vocab: StrPath | None = None,
+    lowercase: bool | None = None,
     max_bytes: int = MAX_CHECKPOINT_BYTES,
     overwrite: bool = False,
 ) -> ImportReport:
@@ -62,6 +66,9 @@ def import_teacher(
         embedding: "raw" (what the official sampler uses) or "ema"; see `convert`.
         checkpoint: the .pt file; None: the highest step among ema_*_{step}.pt.
         vocab: BERT vocab.txt of the checkpoint; None: the folder has no tokenizer.
+        lowercase: whether its text was lower-cased; None: as the BERT model does that
+            training_args.json names (`config_name`), or, if that name does not tell, as the
+            vocabulary's own words.
         max_bytes: largest .pt file to open.
         overwrite: replace a model folder at `out`.
 
@@ -78,7 +85,11 @@ def import_teacher(
     file = find_checkpoint(folder, checkpoint)
     args = read_training_args(folder)
     converted = convert(load_state_dict(file, max_bytes), args, file, embedding)
-    tokenizer_json = None if vocab is None else _tokenizer_json(vocab, converted.model.vocab_size)
+    if lowercase is not None and vocab is None:
+        raise UsageError("lowercase (--cased, --uncased): belongs to a vocabulary; add --vocab")
+    tokenizer = None
+    if vocab is not None:
+        tokenizer = _tokenizer(vocab, converted.model.vocab_size, args, lowercase)
     source = {
         "format": "DiffuSeq",
         "checkpoint": file.name,
@@ -98,7 +109,7 @@ def import_teacher(
             "source": source,
         },
         tensors=converted.tensors,
-        tokenizer_json=tokenizer_json,
+        tokenizer_json=None if tokenizer is None else tokenizer.to_json(),
         card=_card(file.name, embedding, converted.model, num_parameters),
     )
     return ImportReport(
@@ -109,7 +120,8 @@ def import_teacher(
         num_parameters=num_parameters,
         model=converted.model,
         diffusion=converted.diffusion,
-        has_tokenizer=tokenizer_json is not None,
+        has_tokenizer=tokenizer is not None,
+        lowercase=None if tokenizer is None else tokenizer.lowercase,
     )
 
 
@@ -232,16 +244,32 @@ def _is_stored_tensor(value: object) -> bool:
     )
 
 
-def _tokenizer_json(vocab: StrPath, vocab_size: int) -> str:
-    from dlmone_fast.tokenizer import Tokenizer
-
+def _tokenizer(
+    vocab: StrPath, vocab_size: int, args: Mapping[str, Any], lowercase: bool | None
+) -> Tokenizer:
     tokenizer = Tokenizer.from_vocab_file(Path(vocab))
+    if lowercase is None:
+        lowercase = _named_lowercase(args)
+    if lowercase is None:
+        lowercase = not tokenizer.is_cased
+    if not lowercase:
+        tokenizer = Tokenizer.from_vocab_file(Path(vocab), lowercase=False)
     if tokenizer.vocab_size != vocab_size:
         raise ModelFileError(
             f"{vocab}: has {tokenizer.vocab_size:,} tokens, the checkpoint {vocab_size:,}; give "
             "the vocab.txt that the checkpoint was trained with"
         )
-    return tokenizer.to_json()
+    return tokenizer
+
+
+def _named_lowercase(args: Mapping[str, Any]) -> bool | None:
+    """Whether the BERT model lower-cases that DiffuSeq took its tokenizer from; None: its name does
+    not tell."""
+    # A path may name other models: the last part is the model's own.
+    name = str(args.get("config_name") or "").rstrip("/").rsplit("/", 1)[-1].lower()
+    if "uncased" in name:
+        return True
+    return False if "cased" in name else None
 
 
 def _card(checkpoint: str, embedding: str, model: ModelConfig, num_parameters: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmone_fast.errors import DlmOneError
+from dlmone_fast.textfiles import decoded
 
 MAX_JSON_BYTES = 16 << 20
 
@@ -113,9 +114,7 @@ def read_json(
 def parse_json(content: bytes, where: Path, error: type[DlmOneError]) -> dict[str, Any]:
     """Parse what `read_json` would read from the file `where`."""
     try:
-        value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
+        value = json.loads(decoded(content), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as reason:
         raise error(
             f"{where}: is not valid JSON ({reason}); copy the file again from its source"

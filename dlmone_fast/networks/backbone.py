@@ -4,12 +4,18 @@ DiffuSeq, `transformer_model.py`: time MLP, input projection, learned positions,
 dropout, encoder without attention mask, output projection. The pre-norm variant adds the usual
 LayerNorm after the last block. With self-conditioning (Analog Bits, arXiv 2208.04202) a second
 projection reads the last prediction of x_0; it starts at zero, and None stands for zeros.
+
+With a source in slots (`model.source`, `data/slots.py`) x_t holds the target's slots first and then
+the source. A source position that holds zeros is empty: nothing attends to it. A masked source has
+positions counted from its own start and a type of its own, as BERT's second sentence has; an
+aligned source is added to the slots that it shares positions with, half the sequence.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dlmone_fast.config import ModelConfig
 from dlmone_fast.networks.embedding import time_features
@@ -37,18 +43,32 @@ class Backbone(nn.Module):
             # Last: the other parameters start where they would without it.
             self.estimate_projection = nn.Linear(d, hidden, bias=False)
             nn.init.zeros_(self.estimate_projection.weight)
+        if config.in_slots:
+            # Positions of unit variance, DiffuSeq's, would drown the source at first.
+            nn.init.normal_(self.position.weight, std=0.1)
+        if config.source == "aligned":
+            self.source_projection = nn.Linear(config.source_window * d, hidden, bias=False)
+            # Each symbol of the window arrives with unit variance.
+            nn.init.normal_(self.source_projection.weight, std=d**-0.5)
+        elif config.source == "masked":
+            self.part = nn.Embedding(2, hidden)
+            nn.init.zeros_(self.part.weight)
 
     def forward(self, x_t: Tensor, time: Tensor, estimate: Tensor | None = None) -> Tensor:
         """x̂0 [B, L, d] of x_t [B, L, d] at network time [B] (already rescaled).
 
         `estimate` [B, L, d] is an earlier x̂0, for a network with self-conditioning.
         """
-        return self.predict(self.features(x_t, time, estimate)[0])
+        x0 = self.predict(self.features(x_t, time, estimate)[0])
+        return at_length(x0, x_t.shape[1])
 
     def features(
         self, x_t: Tensor, time: Tensor, estimate: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The last hidden state [B, L, H], and the residual sum before its LayerNorm."""
+        """The last hidden state [B, L, H], and the residual sum before its LayerNorm.
+
+        With a source in slots, those of the slots alone.
+        """
         return self.encode(x_t, self.time_vector(time), estimate)
 
     def time_vector(self, time: Tensor) -> Tensor:
@@ -60,18 +80,70 @@ class Backbone(nn.Module):
         self, x_t: Tensor, t_vector: Tensor, estimate: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`features` of a time that is given as its vector [B, H]."""
-        length = x_t.shape[1]
-        projected = self.input_projection(x_t)
-        if estimate is not None:
-            projected = projected + self.estimate_projection(estimate)
-        h = projected + self.position.weight[:length] + t_vector[:, None]
+        projected, attended = self.enter(x_t, estimate)
+        positions = self.positions()[: projected.shape[1]]
+        h = projected + positions + t_vector[:, None]
         h = residual = self.dropout(self.input_norm(h))
         for block in self.blocks:
-            h, residual = block(h)
+            h, residual = block(h, attended)
+        if self.config.source == "masked":
+            slots = self.config.target_slots
+            h, residual = h[:, :slots], residual[:, :slots]
         return (self.output_norm(h) if self.config.norm == "pre" else h), residual
+
+    def enter(self, x_t: Tensor, estimate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the blocks read [B, L', H], without positions and time, and which of it is attended
+        to, bool [B, L']; None: everything."""
+        if self.config.source == "aligned":
+            slots = x_t.shape[1] // 2
+            source = x_t[:, slots:]
+            read = windows(source, self.config.source_window)
+            projected = self.input_projection(x_t[:, :slots]) + self.source_projection(read)
+            attended: Tensor | None = present(source)
+            estimate = None if estimate is None else estimate[:, :slots]
+        else:
+            projected, attended = self.input_projection(x_t), None
+            if self.config.source == "masked":
+                attended = present(x_t)
+                attended[:, : self.config.target_slots] = True
+        if estimate is not None:
+            projected = projected + self.estimate_projection(estimate)
+        return projected, attended
+
+    def positions(self) -> Tensor:
+        """What is added to every position: [positions, H]."""
+        if self.config.source != "masked":
+            return self.position.weight
+        slots, source = self.config.target_slots, self.config.source_positions
+        given, generated = self.part.weight
+        return torch.cat(
+            [self.position.weight[:slots] + generated, self.position.weight[:source] + given]
+        )
 
     def predict(self, hidden: Tensor) -> Tensor:
         """x̂0 [B, L, d] of a last hidden state [B, L, H], in float32."""
         # Differences of two predictions make the SiD loss: bfloat16 would cancel them away.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.output_projection(hidden.to(torch.float32))
+
+
+def windows(x: Tensor, size: int) -> Tensor:
+    """Each position of x [B, L, d] beside its neighbours: [B, L, size · d], zeros at the ends."""
+    if size == 1:
+        return x
+    length, side = x.shape[1], size // 2
+    padded = F.pad(x, (0, 0, side, side))
+    return torch.cat([padded[:, i : i + length] for i in range(size)], -1)
+
+
+def present(x: Tensor) -> Tensor:
+    """Whether each position of x [B, L, d] holds anything, bool [B, L]."""
+    return (x != 0).any(-1)
+
+
+def at_length(x: Tensor, length: int) -> Tensor:
+    """x [B, L', …] with zeros behind it, up to `length` positions."""
+    missing = length - x.shape[1]
+    if not missing:
+        return x
+    return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1)

@@ -22,6 +22,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(config.vocab_size, config.embedding_dim))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.in_slots = config.in_slots
         self.normalize = config.normalize_embedding
         self.noise_scale = config.noise_scale
 
@@ -32,9 +33,15 @@ class TokenEmbedding(nn.Module):
             table = F.normalize(table, dim=-1) * math.sqrt(table.shape[-1])
         return table if self.noise_scale == 1 else table / self.noise_scale
 
+    def lookup(self) -> Tensor:
+        """The rows that ids name: the table [V, d], and with a source in slots a zero row more,
+        for positions that hold nothing (`data/slots.py`)."""
+        table = self.table()
+        return F.pad(table, (0, 0, 0, 1)) if self.in_slots else table
+
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [B, L, d] of ids [B, L]."""
-        return F.embedding(ids, self.table())
+        return F.embedding(ids, self.lookup())
 
     def logits(self, h: Tensor) -> Tensor:
         """Decoder logits [..., V] of h [..., d]."""

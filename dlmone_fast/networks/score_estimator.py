@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dlmone_fast.networks.backbone import Backbone
+from dlmone_fast.networks.backbone import Backbone, at_length
 
 
 class ScoreEstimator(nn.Module):
@@ -32,4 +32,6 @@ class ScoreEstimator(nn.Module):
             logits = self.head(hidden).squeeze(-1)
         else:
             logits = residual.mean(-1)
-        return self.backbone.predict(hidden), logits.to(torch.float32)
+        length = x_t.shape[1]
+        x0 = at_length(self.backbone.predict(hidden), length)
+        return x0, at_length(logits.to(torch.float32), length)

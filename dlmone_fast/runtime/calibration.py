@@ -46,7 +46,7 @@ def network_inputs(
         steps = min(steps, settings.t_init)
         pipeline = Pipeline(
             denoiser.schedule, vocabulary, settings.t_init, steps, settings.scale_latent,
-            settings.temperature,
+            settings.temperature, denoiser.lm.tokens.lookup(),
         )  # fmt: skip
         batch = rows.part(0, count).batch(steps)
         pipeline.embeddings(watched, batch.ids, batch.mask, batch.draws)

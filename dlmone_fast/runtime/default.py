@@ -38,7 +38,7 @@ def load(
     """Load a model and make it the one that `generate` uses when it is given no model.
 
     Args:
-        path_or_name: a model folder.
+        path_or_name: a model folder, or the name of a packaged model.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
         backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).

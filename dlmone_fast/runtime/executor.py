@@ -42,12 +42,23 @@ class Executor:
         self.pool = RunnerPool(engine, max_queued)
         # The table is frozen here: normalising it once a load instead of once a call.
         self.vocabulary = Vocabulary(denoiser.embedding.detach())
+        # The rows that ids name; a model with slots has one more than it rounds to.
+        in_slots = denoiser.config.in_slots
+        self.lookup = denoiser.lm.tokens.lookup().detach() if in_slots else self.vocabulary.table
         self.device = self.vocabulary.table.device
         self._clear = clear_margin(self.vocabulary.table)
         self._pipelines: dict[tuple[int, int, bool, float], Pipeline] = {}
         self._warming = threading.Lock()
         # The most rows that are tried at once on a GPU whose memory did not hold more; None: all.
         self._fitting: int | None = None
+
+    def fitted(self, rows: Rows) -> Rows:
+        """Rows at a length that the engine runs: that of their longest source, where the sources
+        are in slots, or the model's own."""
+        sizes = self.denoiser.config
+        if not sizes.in_slots:
+            return rows
+        return rows.cut_to_longest(sizes) if self.pool.engine.any_length else rows.filled(sizes)
 
     @property
     def table(self) -> Tensor:
@@ -61,14 +72,16 @@ class Executor:
         if found is None:
             if len(self._pipelines) >= _MOST_PIPELINES:
                 self._pipelines.clear()
-            found = self._pipelines[key] = Pipeline(self.denoiser.schedule, self.vocabulary, *key)
+            found = self._pipelines[key] = Pipeline(
+                self.denoiser.schedule, self.vocabulary, *key, self.lookup
+            )
         return found
 
     def close(self) -> None:
         """Wait for calls under way, refuse later ones, and let go of the networks."""
         self.pool.close()
         self._pipelines.clear()
-        self.vocabulary = self.denoiser = None  # type: ignore[assignment]
+        self.vocabulary = self.lookup = self.denoiser = None  # type: ignore[assignment]
 
     @torch.inference_mode()
     def ids(self, rows: Rows, settings: GenerationSettings, decode: str = "clean") -> Tensor:
@@ -130,6 +143,7 @@ class Executor:
     @torch.inference_mode()
     def warmup(self, rows: Rows, settings: GenerationSettings) -> None:
         """Let every runner answer once at the size of these rows, and alone."""
+        rows = self.fitted(rows)
         # One at a time: two would wait for each other's runners.
         with self.pool.call(), self._warming, ExitStack() as held:
             # All at once: a runner that is free again would be handed out a second time.
@@ -154,7 +168,7 @@ class Executor:
     def _sampled(
         self, runner: Runner, rows: Rows, ids: Tensor, mask: Tensor, settings: GenerationSettings
     ) -> Tensor:
-        source = self.table[ids]
+        source = self.lookup[ids]
         chosen = SamplerOptions(
             settings.sampler, settings.steps, settings.eta, temperature=settings.temperature
         )

@@ -15,6 +15,7 @@ from dlmone_fast.arguments import refuse_one
 from dlmone_fast.config.room import largest_source
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.data.layouts import kept_lengths
+from dlmone_fast.data.slots import absent_id, sources_in_slots
 from dlmone_fast.errors import PromptError, TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
@@ -29,7 +30,7 @@ from dlmone_fast.runtime.options import GenerationOutput, GenerationSettings
 from dlmone_fast.runtime.pool import MAX_QUEUED, unloaded_error
 from dlmone_fast.runtime.rows import Rows
 from dlmone_fast.runtime.streaming import in_windows, with_progress
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 
 class Generator:
@@ -53,7 +54,7 @@ class Generator:
     def __init__(
         self,
         denoiser: Denoiser,
-        tokenizer: Tokenizer | None,
+        tokenizer: TextTokenizer | None,
         settings: GenerationSettings,
         precision: str = "fp32",
         folder: ModelFolder | None = None,
@@ -109,7 +110,7 @@ class Generator:
         return self._executor.device
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer.
 
         Raises:
@@ -123,7 +124,12 @@ class Generator:
         return self._tokenizer
 
     def normalize_text(self, text: str) -> str:
-        """The text as the tokenizer reproduces it: what a perfect model would return."""
+        """The text in the model's spelling, as which sources and references are compared: case,
+        spaces and punctuation are its own, every word and every accent is the text's."""
+        return self.tokenizer.respell(text)
+
+    def through_vocabulary(self, text: str) -> str:
+        """The text as the tokenizer gives it back: what a perfect model would return."""
         return self.tokenizer.decode_clean(self.tokenizer.encode([text], "text".format)[0])
 
     def decode_text(self, ids: Sequence[int]) -> str:
@@ -341,9 +347,9 @@ class Generator:
             )
         for size in batch_sizes:
             options.whole_number("batch_sizes", size, 1, options.MAX_BATCH_SIZE)
-            empty = self.tokenizer.encode([""]) * size
+            shortest = self.tokenizer.encode([self.tokenizer.example], "batch[{}]".format) * size
             limit = self.settings.max_source_tokens
-            rows, _ = self._rows(empty, limit, [0] * size, 1, "error", "batch[{}]".format)
+            rows, _ = self._rows(shortest, limit, [0] * size, 1, "error", "batch[{}]".format)
             self._executor.warmup(rows, self.settings)
 
     @property
@@ -412,15 +418,10 @@ class Generator:
             encoded = self.tokenizer.encode(list(texts), named)
         else:
             sizes = self.denoiser.config
-            limit = largest_source(sizes.seq_len, sizes.source_positions)
+            limit = largest_source(sizes.seq_len, sizes.source_positions, sizes.source)
         rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow, named)
         size = 1 if batch_invariant else batch_size
-        parts = [
-            self._executor.ids(rows.part(first, first + size), settings, decode)
-            for first in with_progress(range(0, len(rows), size), progress)
-        ]
-        ids = torch.cat(parts) if parts else rows.ids
-        targets = [row[mask != 0].tolist() for row, mask in zip(ids, rows.mask, strict=True)]
+        targets = self._targets(rows, settings, decode, size, progress)
         decoded = [self._text(target, decode) for target in targets]
         n = num_candidates
         return CandidateBatch(
@@ -429,6 +430,30 @@ class Generator:
             truncated=truncated,
             seconds=time.perf_counter() - started,
         )
+
+    def _targets(
+        self,
+        rows: Rows,
+        settings: GenerationSettings,
+        decode: str,
+        size: int,
+        progress: bool | None,
+    ) -> list[list[int]]:
+        """Ids on the target positions of each row, `size` rows a network call."""
+        executor, sizes = self._executor, self.denoiser.config
+        order: Sequence[int] = range(len(rows))
+        if sizes.in_slots and len(rows) > size:
+            # Rows of similar length share a call, which is as long as its longest source.
+            lengths = (rows.ids != absent_id(sizes.vocab_size)).sum(1).tolist()
+            order = sorted(order, key=lengths.__getitem__)
+            rows = rows.chosen(order)
+        targets: list[list[int]] = [[] for _ in order]
+        for first in with_progress(range(0, len(rows), size), progress):
+            part = executor.fitted(rows.part(first, first + size))
+            ids = executor.ids(part, settings, decode)
+            for row, found, mask in zip(order[first : first + size], ids, part.mask, strict=True):
+                targets[row] = found[mask != 0].tolist()
+        return targets
 
     def _text(self, target: list[int], decode: str) -> str:
         if decode == "diffuseq":
@@ -444,15 +469,7 @@ class Generator:
         on_overflow: str,
         named: options.Named = "texts[{}]".format,
     ) -> tuple[Rows, list[bool]]:
-        ids, mask, truncated = source_batch(
-            encoded,
-            self.denoiser.config.seq_len,
-            self.tokenizer,
-            limit,
-            on_overflow,  # type: ignore[arg-type]
-            self.denoiser.config.source_positions,
-            named,
-        )
+        ids, mask, truncated = self._laid_out(encoded, limit, on_overflow, named)
         if n > 1:
             ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rows = Rows(
@@ -462,6 +479,27 @@ class Generator:
             list(range(n)) * len(encoded),
         )
         return rows, truncated
+
+    def _laid_out(
+        self,
+        encoded: Sequence[Sequence[int]],
+        limit: int,
+        on_overflow: str,
+        named: options.Named,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        sizes = self.denoiser.config
+        if sizes.in_slots:
+            pad_id = self.tokenizer.pad_id
+            return sources_in_slots(encoded, sizes, pad_id, limit, on_overflow, named)
+        return source_batch(
+            encoded,
+            sizes.seq_len,
+            self.tokenizer,
+            limit,
+            on_overflow,  # type: ignore[arg-type]
+            sizes.source_positions,
+            named,
+        )
 
     def _output(
         self, batched: CandidateBatch, chosen: list[int], seeds: list[int], steps: int | None

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
+from dlmone_fast.aligned_tokenizer import read_tokenizer
 from dlmone_fast.config.room import default_source_limit
 from dlmone_fast.data.layouts import source_limit
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models.denoiser import Denoiser, denoiser_from_folder
 from dlmone_fast.models.devices import pick_device
 from dlmone_fast.models.folder import GENERATION_NAME, ModelFolder, load_folder
+from dlmone_fast.packaged import folder_of
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings, refuse_calibration
 from dlmone_fast.runtime.pool import MAX_QUEUED
 from dlmone_fast.samplers.grids import timestep_grid
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
@@ -36,7 +38,7 @@ def load_model(
     """Load a model folder, verified against its manifest.
 
     Args:
-        path: the folder.
+        path: the folder, or the name of a packaged model.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto (fp32 on a CPU, bf16 on a GPU), fp32, bf16, fp16 or int8.
         backend: what runs the network: auto, eager, compile, graph (CUDA) or openvino (CPU).
@@ -52,7 +54,7 @@ def load_model(
     precision = pick_precision(dtype, target)
     if calibration is not None:
         refuse_calibration(precision)
-    folder = load_folder(path)
+    folder = load_folder(folder_of(path))
     denoiser = denoiser_from_folder(folder).to(target)
     tokenizer = _tokenizer(folder, denoiser.config.vocab_size)
     settings = _settings(folder, denoiser)
@@ -81,11 +83,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def _tokenizer(folder: ModelFolder, vocab_size: int) -> Tokenizer | None:
+def _tokenizer(folder: ModelFolder, vocab_size: int) -> TextTokenizer | None:
     if folder.tokenizer_path is None:
         return None
     record = folder.files[folder.tokenizer_path.name]
-    tokenizer = Tokenizer.from_file(folder.tokenizer_path, record.sha256)
+    tokenizer = read_tokenizer(folder.tokenizer_path, record.sha256)
     if tokenizer.vocab_size != vocab_size:
         raise ModelFileError(
             f"{folder.tokenizer_path}: has {tokenizer.vocab_size} tokens, the model's embedding "
@@ -110,12 +112,11 @@ def _settings(folder: ModelFolder, denoiser: Denoiser) -> GenerationSettings:
                 "from its source"
             )
     model, num_timesteps = denoiser.config, denoiser.schedule.num_timesteps
-    values.setdefault(
-        "max_source_tokens", default_source_limit(model.seq_len, model.source_positions)
-    )
+    room = model.source_positions, model.source
+    values.setdefault("max_source_tokens", default_source_limit(model.seq_len, *room))
     try:
         settings = GenerationSettings(**values)
-        source_limit(model.seq_len, settings.max_source_tokens, model.source_positions)
+        source_limit(model.seq_len, settings.max_source_tokens, *room)
         if settings.kind == "student" and settings.t_init >= num_timesteps:
             raise UsageError(f"t_init must be at most {num_timesteps - 1}, got {settings.t_init}")
         if settings.kind == "teacher":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dlmone_fast.checks import as_real, as_whole
 from dlmone_fast.config.section import shown
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.samplers.grids import METHODS
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 
 MAX_CANDIDATES = 64
 MAX_BATCH_SIZE = 4096
@@ -58,18 +58,19 @@ class GenerationSettings:
             raise UsageError(
                 f"sampler must be one of {', '.join(METHODS)}; got {shown(self.sampler)}"
             )
-        whole_number("steps", self.steps, 1, 100_000)
-        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
-            raise UsageError(f"eta must be a number from 0 to 1, got {shown(self.eta)}")
+        self._set("steps", whole_number("steps", self.steps, 1, 100_000))
+        self._set("eta", real_number("eta", self.eta, 0, 1))
         if not isinstance(self.scale_latent, bool):
             raise UsageError(f"scale_latent must be true or false, got {shown(self.scale_latent)}")
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature <= 10:
-            raise UsageError(
-                f"temperature must be a number from 0 to 10, got {shown(self.temperature)}"
-            )
-        whole_number("t_init", self.t_init, 1, 100_000)
-        whole_number("max_source_tokens", self.max_source_tokens, 2, 4096)
-        whole_number("max_chars", self.max_chars, 1, 10_000_000)
+        self._set("temperature", real_number("temperature", self.temperature, 0, 10))
+        for name, low, high in (
+            ("t_init", 1, 100_000), ("max_source_tokens", 2, 4096), ("max_chars", 1, 10_000_000)
+        ):  # fmt: skip
+            self._set(name, whole_number(name, getattr(self, name), low, high))
+
+    def _set(self, name: str, value: float) -> None:
+        # Plain numbers: settings are stored as JSON, which knows none of numpy's.
+        object.__setattr__(self, name, value)
 
     def with_call(
         self,
@@ -118,14 +119,18 @@ class GenerationOutput:
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
-    """The value, if it is an int within bounds."""
-    try:
-        # Whole numbers of other libraries, such as numpy's, are welcome; booleans are a slip.
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not low <= number <= high:
+    """The value as an int, if it is a whole number within bounds."""
+    number = as_whole(value)
+    if number is None or not low <= number <= high:
         raise UsageError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
+    return number
+
+
+def real_number(name: str, value: Any, low: float, high: float) -> float:
+    """The value as a float, if it is a number within bounds."""
+    number = as_real(value)
+    if number is None or not low <= number <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
     return number
 
 
@@ -163,7 +168,9 @@ def refuse_calibration(precision: str) -> None:
         )
 
 
-def refuse_longest(texts: Sequence[str], tokenizer: Tokenizer, limit: int, named: Named) -> None:
+def refuse_longest(
+    texts: Sequence[str], tokenizer: TextTokenizer, limit: int, named: Named
+) -> None:
     """Refuse sources of more than `limit` ids that would take long to be tokenised first."""
     for place, text in enumerate(texts):
         if isinstance(text, str) and tokenizer.is_surely_longer(text, limit):

@@ -28,11 +28,12 @@ class Pipeline:
 
     Args:
         schedule: the noise schedule.
-        vocabulary: the embeddings E [V, d].
+        vocabulary: the embeddings E [V, d], which rounding reads.
         t_init: timestep of the first call.
         steps: network calls; call i > 0 re-noises the output of the one before.
         scale_latent: feed sigma(t_init) z rather than z.
         temperature: factor of the noise of every call.
+        lookup: the rows that ids name, where they are more than E (`TokenEmbedding.lookup`).
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Pipeline:
         steps: int,
         scale_latent: bool,
         temperature: float = 1.0,
+        lookup: Tensor | None = None,
     ) -> None:
         self.vocabulary = vocabulary
+        self.lookup = vocabulary.table if lookup is None else lookup
         self.times = renoising_times(t_init, steps)
         alpha_bars = [float(schedule.alphas_cumprod[t]) for t in self.times]
         self.sigmas = [(1 - alpha_bar) ** 0.5 for alpha_bar in alpha_bars]
@@ -72,7 +75,7 @@ class Pipeline:
         Arguments as in `RowBatch`, all on the model's device. `last` makes the last call, and may
         leave out leading positions of its result; None: `predict`.
         """
-        table = self.vocabulary.table
+        table = self.lookup
         rows = len(ids)
         x0: Tensor | None = None
         for i, t in enumerate(self.times):

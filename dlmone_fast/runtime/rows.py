@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlmone_fast.config import ModelConfig
+from dlmone_fast.data.slots import at_full_length, trimmed
 from dlmone_fast.kernels.noise import draws_of
 
 
@@ -33,6 +35,24 @@ class Rows:
         """Some of the rows."""
         rows = slice(first, last)
         return Rows(self.ids[rows], self.mask[rows], self.seeds[rows], self.candidates[rows])
+
+    def chosen(self, rows: Sequence[int]) -> Rows:
+        """The rows of these numbers, in their order."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        return Rows(
+            self.ids[index],
+            self.mask[index],
+            [self.seeds[row] for row in rows],
+            [self.candidates[row] for row in rows],
+        )
+
+    def cut_to_longest(self, sizes: ModelConfig) -> Rows:
+        """The rows without the positions that none of their sources takes (`data/slots.py`)."""
+        return Rows(*trimmed(self.ids, self.mask, sizes), self.seeds, self.candidates)
+
+    def filled(self, sizes: ModelConfig) -> Rows:
+        """The rows at the model's own length, as positions that hold nothing fill them up."""
+        return Rows(*at_full_length(self.ids, self.mask, sizes), self.seeds, self.candidates)
 
     def batch(self, steps: int) -> RowBatch:
         """The rows as tensors alone, for `steps` network calls."""

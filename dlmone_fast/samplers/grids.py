@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import UsageError
 
 METHODS = ("ancestral", "published-ddim", "ddim", "dpm-solver++", "q-sampling")
@@ -18,8 +19,8 @@ def timestep_grid(method: str, steps: int, num_timesteps: int) -> list[int]:
     """
     if method not in METHODS:
         raise UsageError(f"sampler must be one of {', '.join(METHODS)}; got {method!r}")
-    if not 1 <= steps <= num_timesteps:
-        raise UsageError(f"steps must be between 1 and {num_timesteps}, got {steps}")
+    if not is_whole(steps, 1, num_timesteps):
+        raise UsageError(f"steps must be between 1 and {num_timesteps}, got {steps!r}")
     last = num_timesteps - 1
     if method == "ancestral":
         if steps != num_timesteps:

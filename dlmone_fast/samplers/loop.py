@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlmone_fast.checks import as_real
 from dlmone_fast.diffusion import Schedule
 from dlmone_fast.diffusion.schedule import keep_source
 from dlmone_fast.errors import UsageError
@@ -38,7 +39,8 @@ class SamplerOptions:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
+        eta = as_real(self.eta)
+        if eta is None or not 0 <= eta <= 1:
             raise UsageError(f"eta must be a number from 0 to 1, got {self.eta!r}")
         if self.eta and self.method != "ddim":
             raise UsageError(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, full
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.diffusion import Schedule
 from dlmone_fast.diffusion.schedule import keep_source
 from dlmone_fast.errors import UsageError
@@ -25,8 +26,8 @@ def renoising_times(t_init: int, steps: int) -> list[int]:
     Raises:
         UsageError: more calls than t_init has timesteps.
     """
-    if not 1 <= steps <= t_init:
-        raise UsageError(f"steps must be between 1 and t_init ({t_init}), got {steps}")
+    if not is_whole(steps, 1, t_init):
+        raise UsageError(f"steps must be between 1 and t_init ({t_init}), got {steps!r}")
     return [int(t_init * (1 - i / steps)) for i in range(steps)]
 
 

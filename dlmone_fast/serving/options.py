@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dlmone_fast.checks import as_real
 from dlmone_fast.errors import UsageError
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -61,9 +62,10 @@ class ServeOptions:
         """Raise UsageError for a number that is out of its bounds."""
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            number = as_real(value)
+            if number is None or not low <= number <= high:
                 flag = name.replace("_", "-")
-                raise UsageError(f"--{flag}: expected {low:,} to {high:,}, got {value}")
+                raise UsageError(f"--{flag}: expected {low:,} to {high:,}, got {value!r}")
         if self.batch_timeout_ms >= 1000 * self.timeout_s:
             raise UsageError(
                 f"--batch-timeout-ms: expected less than --timeout-s ({self.timeout_s:g} s), "

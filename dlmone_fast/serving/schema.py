@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from dlmone_fast.checks import is_whole
 from dlmone_fast.config.section import shown
 from dlmone_fast.serving.body import printable
 from dlmone_fast.serving.options import ServeOptions
@@ -142,7 +143,7 @@ def _seed(given: Any) -> int | list[int] | None:
 
 
 def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+    if not is_whole(value, 0, MAX_SEED):
         raise ValueError(f"{name} must be a whole number from 0 to {MAX_SEED}, got {shown(value)}")
     return value
 

@@ -99,6 +99,7 @@ class Worker(LitAPI):
 
     def predict(self, x: Sequence[Job], **_: Any) -> list[Answer]:
         """An answer to each job: what a call of `generate` with its arguments alone gives."""
+        x = [self._readable(job) if is_probe(job) else job for job in x]
         answers: list[Answer] = [{} for _ in x]
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for place, job in enumerate(x):
@@ -112,6 +113,11 @@ class Worker(LitAPI):
             for place, answer in zip(places, made, strict=True):
                 answers[place] = answer
         return answers
+
+    def _readable(self, probe: Job) -> Job:
+        """A probe with a prompt that the model reads; the HTTP process knows no letters."""
+        assert self.generator is not None
+        return {**probe, "prompts": [self.generator.tokenizer.example]}
 
     def _refused(self, job: Job) -> str:
         """Why the model cannot read a job's prompts; "": it can."""

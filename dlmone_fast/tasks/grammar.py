@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmone_fast.arguments import refuse_one
+from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.tasks.grammar_rules import (
@@ -51,7 +52,7 @@ def write_splits(
     templates = template_names(variant)
     sizes = {"test": test_rows, "valid": valid_rows, "train": train_rows}
     for split, size in sizes.items():
-        if not isinstance(size, int) or not 1 <= size <= MAX_ROWS:
+        if not is_whole(size, 1, MAX_ROWS):
             raise UsageError(f"{split}_rows: expected 1 to {MAX_ROWS}, got {size!r}")
     directory, taken = Path(directory), set[int]()
     paths = {split: directory / f"{split}.jsonl" for split in ("train", "valid", "test")}

@@ -25,7 +25,8 @@ _TOO_MUCH_ALIKE = 2.0
 
 def selection_score(scores: dict[str, float], metric: str, max_self_bleu: float) -> float:
     """What the best checkpoint has most of: a metric, less by a constant above a self-BLEU."""
-    alike = scores["self_bleu"] > max_self_bleu
+    # Scores of a task that is no text have no self-BLEU.
+    alike = scores.get("self_bleu", 0.0) > max_self_bleu
     return scores[metric] - (_TOO_MUCH_ALIKE if alike else 0.0)
 
 

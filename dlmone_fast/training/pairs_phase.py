@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dlmone_fast.config import Config
-from dlmone_fast.data.batches import batch, epoch_order
+from dlmone_fast.config import Config, ModelConfig
+from dlmone_fast.data.batches import epoch_order, training_batch
 from dlmone_fast.data.cache import TokenCache
 from dlmone_fast.errors import CheckpointError
 from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
@@ -25,6 +25,7 @@ from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.checkpoint import Checkpoint, load_checkpoint
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.manifest import hash_file
+from dlmone_fast.networks.backbone import at_length
 from dlmone_fast.samplers import sample
 from dlmone_fast.samplers.loop import SamplerOptions
 from dlmone_fast.training.loop import State, phase_seed
@@ -48,7 +49,8 @@ class Pairs:
         seed: what the noises are drawn from.
         rows: int32 [n], rows of the training split.
         samples: int32 [n], the number of the noise among those of its row.
-        ids: [n, L], uint16 or int32: the source's ids, and the teacher's on target positions.
+        ids: [n, L], uint16 or int32: the source's ids, and the teacher's on target positions. With
+            a source in slots [n, slots]: the teacher's alone.
     """
 
     seed: int
@@ -60,13 +62,18 @@ class Pairs:
         return len(self.rows)
 
     def latents(
-        self, which: slice | Tensor, width: int, device: torch.device, call: int = 0
+        self,
+        which: slice | Tensor,
+        width: int,
+        device: torch.device,
+        call: int = 0,
+        length: int = 0,
     ) -> Tensor:
-        """The standard normal noise z [B, L, width] of some of the pairs, or that of a later call
-        of the sampler."""
+        """The standard normal noise z [B, length, width] of some of the pairs, or that of a later
+        call of the sampler. A position's noise does not depend on the length; 0: that of `ids`."""
         rows = self.rows[which].long()
         samples = self.samples[which].long() + call * _MOST_SAMPLES
-        length = self.ids.shape[1]
+        length = length or self.ids.shape[1]
         return normal(self.seed, Stream.PAIR_LATENT, rows, samples, length, width, device)
 
 
@@ -87,7 +94,7 @@ class PairsPhase:
         self.vocabulary = Vocabulary(teacher.embedding.detach())
         seed, sizes = pairs_seed(workspace.config), teacher.config
         rows, samples = chosen_pairs(self.cache, seed, c.count, c.per_source)
-        ids = torch.zeros(c.count, sizes.seq_len, dtype=_id_type(sizes.vocab_size))
+        ids = torch.zeros(c.count, _stored_positions(sizes), dtype=_id_type(sizes.vocab_size))
         self.pairs = Pairs(seed, torch.from_numpy(rows), torch.from_numpy(samples), ids)
         self.made = 0
 
@@ -106,15 +113,25 @@ class PairsPhase:
         ids, mask = self._conditions(which)
         device = self.workspace.device
         ids, mask = ids.to(device), mask.to(device)
-        source = self.vocabulary.table[ids]
+        if self.config.targets == "data":
+            return self._stored(ids, mask)
+        source = self.teacher.lm.tokens(ids)
+        length, width = source.shape[1:]
         x = sample(
             self._predict, self.teacher.schedule, self.options, source, mask,
-            lambda call: self.pairs.latents(which, source.shape[-1], device, call),
+            lambda call: self.pairs.latents(which, width, device, call, length),
             lambda x: self.vocabulary.table[nearest_token(x, self.vocabulary)],
             self_conditioning=self.teacher.config.self_conditioning,
         )  # fmt: skip
         target = mask != 0
         ids[target] = nearest_token(x[target], self.vocabulary)
+        return self._stored(ids, mask)
+
+    def _stored(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids [n, L] as `Pairs` keeps them."""
+        if self.teacher.config.in_slots:
+            stored = self.pairs.ids.shape[1]
+            ids = at_length(ids.masked_fill(mask == 0, 0)[:, :stored], stored)
         return ids.cpu().to(self.pairs.ids.dtype)
 
     def _predict(self, x: Tensor, t: Tensor, estimate: Tensor | None = None) -> Tensor:
@@ -125,7 +142,7 @@ class PairsPhase:
     def _conditions(self, which: slice) -> tuple[Tensor, Tensor]:
         rows, sizes = self.pairs.rows[which].long(), self.teacher.config
         tokenizer = self.workspace.tokenizer
-        return batch(self.cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
+        return training_batch(self.cache, rows, sizes, tokenizer)
 
     def validate(self, step: int, progress: Progress) -> None:
         if step == 0:
@@ -134,7 +151,7 @@ class PairsPhase:
         _, mask = self._conditions(first)
         decode = self.workspace.tokenizer.decode_clean
         texts = [
-            decode(ids[target].tolist())
+            decode(ids[: len(target)][target[: len(ids)]].tolist())
             for ids, target in zip(self.pairs.ids[first].long(), mask != 0, strict=True)
         ]
         progress.record(step, {"empty": sum(not text for text in texts) / len(texts)})
@@ -205,7 +222,7 @@ def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
         {
             "rows": torch.empty(made, dtype=torch.int32),
             "samples": torch.empty(made, dtype=torch.int32),
-            "ids": torch.empty(made, sizes.seq_len, dtype=_id_type(sizes.vocab_size)),
+            "ids": torch.empty(made, _stored_positions(sizes), dtype=_id_type(sizes.vocab_size)),
         },
     )
     limits = {"rows": len(workspace.cache("train")), "samples": 1 << 31, "ids": sizes.vocab_size}
@@ -217,6 +234,10 @@ def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
                 "start over with --resume never"
             )
     return Pairs(pairs_seed(config), tensors["rows"], tensors["samples"], tensors["ids"])
+
+
+def _stored_positions(sizes: ModelConfig) -> int:
+    return sizes.target_slots if sizes.in_slots else sizes.seq_len
 
 
 def _id_type(vocab_size: int) -> torch.dtype:

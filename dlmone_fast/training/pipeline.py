@@ -8,12 +8,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dlmone_fast.aligned_tokenizer import read_tokenizer
 from dlmone_fast.config import Config
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.errors import ConfigError, ModelFileError, UsageError
 from dlmone_fast.models.denoiser import denoiser_from_folder
 from dlmone_fast.models.folder import ModelFolder, load_folder
-from dlmone_fast.tokenizer import Tokenizer
+from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.training.distill_phase import DistillPhase
 from dlmone_fast.training.lock import only_training_in
 from dlmone_fast.training.loop import run_phase
@@ -24,9 +25,10 @@ from dlmone_fast.training.teacher_phase import TeacherPhase
 from dlmone_fast.training.workspace import (
     PHASES,
     Workspace,
-    find_vocabulary,
+    make_tokenizer,
     open_workspace,
     run_folder,
+    tokenizer_of_file,
 )
 
 StrPath = str | os.PathLike[str]
@@ -277,13 +279,20 @@ def _open_with_teacher(
     return open_workspace(config, tokenizer, resume, started, ranks), folder
 
 
-def _teacher_tokenizer(config: Config, folder: ModelFolder) -> Tokenizer:
+def run_tokenizer(config: Config, teacher: StrPath = "") -> TextTokenizer:
+    """The tokenizer that a run on `data_dir` would use, a given teacher's or its own made anew."""
+    if teacher:
+        return _teacher_tokenizer(config, load_folder(Path(teacher)))
+    return make_tokenizer(config, Path(config.data_dir))
+
+
+def _teacher_tokenizer(config: Config, folder: ModelFolder) -> TextTokenizer:
     saved = folder.tokenizer_path
+    tokenizer: TextTokenizer
     if saved is not None:
-        tokenizer = Tokenizer.from_file(saved, folder.files[saved.name].sha256)
+        tokenizer = read_tokenizer(saved, folder.files[saved.name].sha256)
     elif config.data.vocab_file:
-        vocab = find_vocabulary(config.data.vocab_file, Path(config.data_dir))
-        tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
+        tokenizer = tokenizer_of_file(config, Path(config.data_dir))
     else:
         raise ModelFileError(
             f"{folder.path} has no tokenizer.json; import the checkpoint again with --vocab, or "

@@ -13,7 +13,7 @@ from dlmone_fast.config import Config, ModelConfig, StageConfig
 from dlmone_fast.networks import DiffusionLM, ScoreEstimator
 from dlmone_fast.networks.layers import count_parameters
 from dlmone_fast.tasks import grammar
-from dlmone_fast.tokenizer import SPECIAL_TOKENS
+from dlmone_fast.text_tokenizer import SPECIAL_TOKENS
 from dlmone_fast.training.window import timestep_window
 
 _FP32 = 4

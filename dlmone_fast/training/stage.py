@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.config import DistillConfig, StageConfig
-from dlmone_fast.data.batches import BatchStream, Rows, batch
+from dlmone_fast.data.batches import BatchStream, Rows, lengths_for, training_batch
 from dlmone_fast.diffusion import Draw
 from dlmone_fast.kernels.distillation_loss import distillation_loss, weight_floor
 from dlmone_fast.kernels.nearest_token import Vocabulary, nearest_token
@@ -26,6 +26,7 @@ from dlmone_fast.losses.distillation import score_matching_loss
 from dlmone_fast.losses.padding import behind_end, thin_padding
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.networks import Backbone, ScoreEstimator
+from dlmone_fast.networks.backbone import at_length
 from dlmone_fast.samplers.one_step import generate_embeddings, generate_mixture
 from dlmone_fast.training.diagnostics import DiscriminatorAccuracy, gradient_norms
 from dlmone_fast.training.loop import reseed_dropout
@@ -122,16 +123,20 @@ class Stage:
         self.accuracy = DiscriminatorAccuracy(self.schedule.num_timesteps)
         self.cache = workspace.cache("train")
         streams = (Stream.BATCH_FAKE, Stream.BATCH_REAL, Stream.DATA_ORDER)
+        lengths = lengths_for(self.cache, teacher.config)
         self.fake_rows, self.real_rows, self.generator_rows = (
-            BatchStream(self.cache, seed, config.batch_size, stream) for stream in streams
+            BatchStream(self.cache, seed, config.batch_size, stream, lengths) for stream in streams
         )
         self.pairs = pairs
         if pairs is not None:
-            self.pair_order = BatchStream(pairs, seed, config.batch_size, Stream.ANCHOR_ORDER)
+            of_pairs = None if lengths is None else lengths[pairs.rows.long().numpy()]
+            self.pair_order = BatchStream(
+                pairs, seed, config.batch_size, Stream.ANCHOR_ORDER, of_pairs
+            )
         self.window = timestep_window(workspace.config)
         # Frozen during distillation: normalised once.
         self.vocabulary = Vocabulary(teacher.embedding.detach())
-        self.table = self.vocabulary.table
+        self.table = teacher.lm.tokens.lookup().detach()
         self.weight_floor = weight_floor(config.weight_floor, self.table)
 
     def update_score(self, step: int, of_steps: int) -> dict[str, float]:
@@ -351,10 +356,12 @@ class Stage:
         which = torch.from_numpy(self.pair_order.batch_rows(step))[slots]
         given = self._conditions_of(self.pairs.rows[which].long().numpy(), slots)
         ids = self.pairs.ids[which].long().to(self.workspace.device)
-        z = self.pairs.latents(which, self.table.shape[1], self.workspace.device)
+        length = given.ids.shape[1]
+        z = self.pairs.latents(which, self.table.shape[1], self.workspace.device, length=length)
+        ids = at_length(ids[:, :length], length)
         x = generate_embeddings(
             self._predict, self.schedule, self.shared.t_init, 1, given.embeddings, given.mask,
-            lambda _: z, self.shared.scale_latent,
+            lambda _: self.shared.temperature * z, self.shared.scale_latent,
         )  # fmt: skip
         weights = None
         if self.shared.pad_weight < 1:
@@ -374,7 +381,8 @@ class Stage:
         def noise(call: int) -> Tensor:
             # A batch has fewer slots than that: no two calls share their noise.
             sample = given.slots + call * _LARGEST_BATCH
-            return normal(self.seed, stream, sample, step, length, width, device)
+            z = normal(self.seed, stream, sample, step, length, width, device)
+            return z if self.shared.temperature == 1 else self.shared.temperature * z
 
         if few == 1:
             return generate_embeddings(
@@ -426,7 +434,7 @@ class Stage:
 
     def _conditions_of(self, rows: Rows, slots: Tensor) -> Conditions:
         sizes, tokenizer = self.teacher.config, self.workspace.tokenizer
-        ids, mask = batch(self.cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
+        ids, mask = training_batch(self.cache, rows, sizes, tokenizer)
         ids, mask = ids.to(self.workspace.device), mask.to(self.workspace.device)
         return Conditions(ids, mask, self.table, slots)
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from dlmone_fast.config import Config
-from dlmone_fast.data.batches import BatchStream, IntArray, batch, without_sources
+from dlmone_fast.data.batches import (
+    BatchStream,
+    IntArray,
+    lengths_for,
+    training_batch,
+    without_sources,
+)
 from dlmone_fast.diffusion import (
     Draw,
     LogSnrTimesteps,
@@ -55,7 +61,9 @@ class TeacherPhase:
         self.guard = UpdateGuard(workspace.config.max_bad_steps, self.lm.parameters())
         self.timesteps = _timesteps(workspace.config, self.schedule)
         self.cache = workspace.cache("train")
-        self.stream = BatchStream(self.cache, self.seed, c.batch_size)
+        self.stream = BatchStream(
+            self.cache, self.seed, c.batch_size, lengths=lengths_for(self.cache, self.lm.config)
+        )
         self.validator = Validator(workspace)
         self.ranks = workspace.ranks
         # Not every pass gives the network an estimate to read.
@@ -113,7 +121,7 @@ class TeacherPhase:
         """Loss terms of rows of the training cache, with noise of (seed, step, slot)."""
         c, device, tokenizer = self.config, self.workspace.device, self.workspace.tokenizer
         sizes = self.lm.config
-        ids, mask = batch(self.cache, rows, sizes.seq_len, tokenizer, sizes.source_positions)
+        ids, mask = training_batch(self.cache, rows, sizes, tokenizer)
         if c.condition_dropout:
             dropped = self._share(c.condition_dropout, Stream.CONDITION_DROPOUT, step, slots)
             ids = without_sources(ids, dropped, tokenizer.pad_id, tokenizer.sep_id)

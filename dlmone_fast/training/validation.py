@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dlmone_fast.config import TeacherConfig
-from dlmone_fast.data.batches import batch, batches_in_order
+from dlmone_fast.data.batches import batches_in_order, training_batch
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.diffusion import Draw
 from dlmone_fast.evaluation.scores import score_generations
@@ -18,7 +18,7 @@ from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.runtime.generator import Generator
 from dlmone_fast.runtime.options import GenerationSettings
-from dlmone_fast.tasks import grammar
+from dlmone_fast.tasks import g2p, grammar
 from dlmone_fast.training.progress import Progress
 from dlmone_fast.training.workspace import Workspace
 
@@ -26,6 +26,7 @@ _LOSS_ROWS = 256
 _SHOWN = 3
 _DIVERSITY_ROWS = 64
 _DIVERSITY_CANDIDATES = 4
+_PRONUNCIATIONS = 5
 
 
 class Validator:
@@ -45,8 +46,15 @@ class Validator:
         return Generator(denoiser, self.workspace.tokenizer, settings)
 
     def scores(self, denoiser: Denoiser) -> dict[str, float]:
-        """Scores of a student, with the collapse diagnostics, and the grammar's exact ones."""
+        """Scores of a student, with the collapse diagnostics, and the grammar's exact ones.
+
+        Of pronunciations: `wer`, `per`, `oracle_wer`, `word_accuracy` and `distinct`, alone.
+        """
         generator = self.generator(denoiser, "student")
+        if self.config.data.task == g2p.TASK:
+            spoken = self._generated(generator, self._sources, _PRONUNCIATIONS)
+            found = g2p.score([row.references for row in self.rows], spoken)
+            return {name: value for name, value in found.items() if isinstance(value, float)}
         several = self.config.is_grammar
         n = _DIVERSITY_CANDIDATES if several else 1
         texts = self._generated(generator, self._sources, n)
@@ -83,7 +91,7 @@ class Validator:
     def _text_scores(self, generator: Generator, texts: list[list[str]]) -> dict[str, float]:
         normal_text = generator.normalize_text
         sources = [normal_text(row.src) for row in self.rows]
-        references = [normal_text(row.trg) for row in self.rows]
+        references = [[normal_text(text) for text in row.references] for row in self.rows]
         first = [candidates[0] for candidates in texts]
         scores = score_generations(sources, references, [first], bootstrap=0)
         few = self._sources[:_DIVERSITY_ROWS]
@@ -98,7 +106,9 @@ class Validator:
             [list(column) for column in zip(*diverse, strict=True)],
             bootstrap=0,
         )
-        kept = ("bleu", "ibleu", "rouge_l", "empty", "length_ratio", "repeat", "exact_copy")
+        kept = (
+            "bleu", "ibleu", "rouge_l", "empty", "length_ratio", "repeat", "exact_copy", "unknown"
+        )  # fmt: skip
         return {
             **{name: float(scores[name]) for name in kept},
             "self_bleu": float(spread["self_bleu"]),
@@ -115,7 +125,12 @@ def generation_settings(config: Any, kind: str) -> GenerationSettings:
     if kind == "teacher":
         return GenerationSettings(kind="teacher", sampler="ddim", steps=20, **limits)
     distill = config.distill
-    return GenerationSettings(t_init=distill.t_init, scale_latent=distill.scale_latent, **limits)
+    return GenerationSettings(
+        t_init=distill.t_init,
+        scale_latent=distill.scale_latent,
+        temperature=distill.temperature,
+        **limits,
+    )
 
 
 @torch.no_grad()
@@ -130,7 +145,7 @@ def validation_loss(
     batches = list(batches_in_order(count, config.micro_batch_size))
     for rows in batches[ranks.part(len(batches))]:
         sizes = denoiser.config
-        ids, mask = batch(cache, rows, sizes.seq_len, workspace.tokenizer, sizes.source_positions)
+        ids, mask = training_batch(cache, rows, sizes, workspace.tokenizer)
         slots = torch.from_numpy(rows)
         draw = (seed, Stream.EVALUATION, slots)
         t = uniform_integers(*draw, 0, 0, denoiser.schedule.num_timesteps).to(device)

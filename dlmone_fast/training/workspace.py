@@ -22,16 +22,19 @@ from typing import Any
 
 import torch
 
+from dlmone_fast.aligned_tokenizer import AlignedTokenizer, read_tokenizer
 from dlmone_fast.config import Config, from_dict, load_toml, to_dict, to_toml
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.data.rows import find_split, read_rows
-from dlmone_fast.errors import CheckpointError, ConfigError, DataError
+from dlmone_fast.errors import CheckpointError, ConfigError, DataError, PromptError
 from dlmone_fast.files import write_atomically
 from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
 from dlmone_fast.models.plainfiles import unwritable
+from dlmone_fast.packaged import DATA
 from dlmone_fast.tasks import grammar
+from dlmone_fast.text_tokenizer import TextTokenizer
 from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.ranks import Ranks
 from dlmone_fast.training.signals import TimeLimit
@@ -66,7 +69,7 @@ class Workspace:
     root: Path
     data_dir: Path
     device: torch.device
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     limit: TimeLimit = field(default_factory=TimeLimit)
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -145,7 +148,7 @@ class Workspace:
 
 def open_workspace(
     config: Config,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     resume: str = "auto",
     started: float | None = None,
     ranks: Ranks | None = None,
@@ -182,8 +185,8 @@ def open_workspace(
 
 
 def _opened(
-    config: Config, tokenizer: Tokenizer | None, resume: str
-) -> tuple[Config, Path, Path, Tokenizer]:
+    config: Config, tokenizer: TextTokenizer | None, resume: str
+) -> tuple[Config, Path, Path, TextTokenizer]:
     root = run_folder(config)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -193,6 +196,8 @@ def _opened(
     if tokenizer is None:
         tokenizer = _tokenizer(config, root, data_dir)
     config = with_vocabulary(config, tokenizer)
+    if isinstance(tokenizer, AlignedTokenizer):
+        _check_words(data_dir, tokenizer)
     timestep_window(config)
     _check_same_run(root, config)
     with writing(root / "config.toml"):
@@ -234,8 +239,14 @@ def multiplies_bf16(device: torch.device) -> bool:
     return supported is not None and bool(supported())
 
 
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+def with_vocabulary(config: Config, tokenizer: TextTokenizer) -> Config:
     """The configuration with the tokenizer's vocabulary size, which must not contradict it."""
+    if config.data.tokenizer != tokenizer.kind:
+        raise ConfigError(
+            f"data.tokenizer is {config.data.tokenizer!r}, the tokenizer of the run or its teacher "
+            f"is {tokenizer.kind!r}; set data.tokenizer = {tokenizer.kind!r}, or use another "
+            "--output-dir or teacher"
+        )
     wanted, found = config.model.vocab_size, tokenizer.vocab_size
     if wanted not in (0, found):
         raise ConfigError(
@@ -247,6 +258,8 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
 def _data_dir(config: Config, root: Path) -> Path:
     if not config.is_grammar:
+        if not config.data_dir and config.data.task in DATA:
+            return DATA[config.data.task]
         if not config.data_dir:
             raise DataError(
                 f"--data-dir is missing: preset {config.preset!r} reads "
@@ -261,22 +274,77 @@ def _data_dir(config: Config, root: Path) -> Path:
     return folder
 
 
-def _tokenizer(config: Config, root: Path, data_dir: Path) -> Tokenizer:
+def _tokenizer(config: Config, root: Path, data_dir: Path) -> TextTokenizer:
     saved = root / "tokenizer.json"
+    tokenizer: TextTokenizer
     if saved.exists():
-        tokenizer = Tokenizer.from_file(saved)
-    elif config.is_grammar:
-        tokenizer = Tokenizer.from_words(grammar.vocabulary(config.data.task))
-    elif config.data.vocab_file:
-        vocab = find_vocabulary(config.data.vocab_file, data_dir)
-        tokenizer = Tokenizer.from_vocab_file(vocab, config.data.lowercase)
-    else:
-        texts = _texts(find_split(data_dir, "train"))
-        tokenizer = Tokenizer.learn(texts, config.data.vocab_size, config.data.lowercase)
-    tokenizer.max_chars = config.data.max_chars
-    if not saved.exists():
-        tokenizer.save(saved)
+        tokenizer = read_tokenizer(saved)
+        tokenizer.max_chars = config.data.max_chars
+        return tokenizer
+    tokenizer = make_tokenizer(config, data_dir)
+    tokenizer.save(saved)
     return tokenizer
+
+
+def make_tokenizer(config: Config, data_dir: Path) -> TextTokenizer:
+    """The tokenizer that a configuration asks for, made anew; nothing is written.
+
+    Raises:
+        DataError, ModelFileError: the vocabulary or the rows to learn it on cannot be read.
+        ConfigError: the vocabulary's case is not the configuration's.
+    """
+    data = config.data
+    tokenizer: TextTokenizer
+    if config.is_grammar:
+        tokenizer = Tokenizer.from_words(grammar.vocabulary(data.task))
+    elif data.tokenizer == "aligned":
+        pairs = ((row.src, row.trg) for row in read_rows(find_split(data_dir, "train")))
+        tokenizer = AlignedTokenizer.learn(pairs, output_case="upper")
+    elif data.vocab_file:
+        tokenizer = tokenizer_of_file(config, data_dir)
+    else:
+        tokenizer = Tokenizer.learn(
+            _texts(find_split(data_dir, "train")),
+            data.vocab_size,
+            data.lowercase,
+            data.strips_accents or False,
+        )
+    tokenizer.max_chars = data.max_chars
+    return tokenizer
+
+
+def tokenizer_of_file(config: Config, data_dir: Path) -> Tokenizer:
+    """The tokenizer of `data.vocab_file`.
+
+    Raises:
+        DataError: it is not found; ModelFileError: it cannot be read.
+        ConfigError: text would be lower-cased for a vocabulary of words with capitals.
+    """
+    data = config.data
+    path = find_vocabulary(data.vocab_file, data_dir)
+    tokenizer = Tokenizer.from_vocab_file(path, data.lowercase, data.strips_accents)
+    if data.lowercase and tokenizer.is_cased:
+        raise ConfigError(
+            f"data.lowercase is true, and {path} is a cased vocabulary, whose words with capitals "
+            "would never be used; set data.lowercase = false (--data.no-lowercase), or name an "
+            "uncased data.vocab_file"
+        )
+    return tokenizer
+
+
+def _check_words(data_dir: Path, tokenizer: AlignedTokenizer) -> None:
+    """Refuse words that are to be scored and cannot be read, now rather than after training."""
+    for split in ("valid", "test"):
+        try:
+            path = find_split(data_dir, split)
+        except DataError:
+            # What is missing is told by what needs it.
+            continue
+        for row in read_rows(path):
+            try:
+                tokenizer.encode([row.src], [f"{path}, line {row.line}"].__getitem__)
+            except PromptError as error:
+                raise DataError(str(error)) from error
 
 
 def find_vocabulary(name: str, data_dir: Path) -> Path:

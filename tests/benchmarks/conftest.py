@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tiny_timed import TINY
 
-from benchmarks.generate_cases import Model, model
+from benchmarks.generate.cases import Model, model
 
 
 @pytest.fixture(scope="module")

@@ -40,3 +40,9 @@ def test_the_limits_leave_time_for_the_benchmarks(tmp_path: Path, part: str):
     found = steps(tmp_path, part)
     assert found[-1].name == part
     assert all(step.leave >= 240 for step in found[:-1])
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_every_part_has_tests_and_benchmarks(part: str):
+    root = Path(__file__).resolve().parents[2]
+    assert all((root / path).exists() for path in PARTS[part])

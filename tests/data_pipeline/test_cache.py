@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import words
 
+from dlmone_fast.aligned_tokenizer import AlignedTokenizer
 from dlmone_fast.data import cache as cache_module
 from dlmone_fast.data.cache import TokenCache, open_or_build
 from dlmone_fast.errors import DataError
@@ -168,3 +170,45 @@ def test_bad_rows_and_missing_files_are_data_errors(data: Path, tokenizer: Token
 def test_a_folder_that_cannot_be_written_is_a_data_error(data: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="cannot write the token cache"):
         open_or_build(data, tokenizer, data / "below-a-file")
+
+
+@pytest.fixture(scope="module")
+def aligned() -> AlignedTokenizer:
+    return AlignedTokenizer.learn(words.pairs())
+
+
+def test_targets_are_encoded_with_their_words(aligned: AlignedTokenizer, tmp_path: Path) -> None:
+    path = words.write_split(tmp_path / "train.jsonl", words.pairs())
+    cache = open_or_build(path, aligned, tmp_path / "cache")
+    assert (len(cache), cache.dropped) == (len(words.pairs()), 0)
+    for row, (word, target) in enumerate(words.pairs()):
+        source, labels = cache.pair(row)
+        assert (aligned.decode_clean(source), aligned.decode_clean(labels)) == (word, target)
+        assert len(source) == len(labels)
+
+
+def test_rows_that_cannot_be_aligned_are_left_out_and_said_once(
+    aligned: AlignedTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*words.pairs()[:6], ("b", "b b b"), ("q", "b"), ("b", "zz")]
+    path = words.write_split(tmp_path / "train.jsonl", [rows[i] for i in (0, 6, 1, 7, 8, 2, 3, 4)])
+    cache = open_or_build(path, aligned, tmp_path / "cache")
+    assert (len(cache), cache.dropped) == (5, 3)
+    assert [aligned.decode_clean(cache.pair(row)[0]) for row in range(5)] == [
+        w for w, _ in rows[:5]
+    ]
+    assert json.loads((cache.folder / "meta.json").read_text())["dropped"] == 3
+    (said,) = caplog.messages
+    assert "3 of 8 rows (37.50%) cannot be aligned" in said
+    assert "(lines 2, 4, 5)" in said
+    assert open_or_build(path, aligned, tmp_path / "cache").dropped == 3
+    assert len(caplog.messages) == 1
+
+
+def test_a_file_without_any_row_that_can_be_aligned_is_refused(
+    aligned: AlignedTokenizer, tmp_path: Path
+) -> None:
+    path = words.write_split(tmp_path / "train.jsonl", [("b", "b b b")])
+    with pytest.raises(DataError, match=r"1 of 1 rows \(100.00%\) cannot be aligned"):
+        open_or_build(path, aligned, tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())

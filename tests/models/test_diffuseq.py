@@ -19,11 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmone_fast import train
+from dlmone_fast import import_diffuseq, train
 from dlmone_fast.errors import ModelFileError, UsageError
 from dlmone_fast.models import diffuseq
 from dlmone_fast.models.diffuseq import find_checkpoint, import_teacher, load_state_dict
 from dlmone_fast.models.folder import load_folder
+from dlmone_fast.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TINY = Path(__file__).parents[1] / "data" / "diffuseq-tiny"
 FILE = "ema_0.9999_050000.pt"
@@ -374,3 +375,59 @@ def test_the_command_ends_with_the_documented_codes(tmp_path: Path) -> None:
     assert missing.stderr.startswith("error: ")
     assert "Traceback" not in missing.stderr
     assert run(TINY, tmp_path / "out", "--embedding", "best").returncode == 2
+
+
+def text_of(out: Path) -> str:
+    tokenizer = Tokenizer.from_file(out / "tokenizer.json")
+    return tokenizer.decode_clean(tokenizer.encode(["The café"])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "lowercase", "written"),
+    [
+        ("bert-base-cased", None, "The café"),
+        ("/uncased-runs/bert-base-cased/", None, "The café"),
+        ("BERT-base-multilingual-Cased", None, "The café"),
+        ("bert-base-uncased", None, "the cafe"),
+        ("/models/bert-base-uncased", None, "the cafe"),
+        ("bert-base-cased", True, "the cafe"),
+        ("bert-base-uncased", False, "The café"),
+        # Where the name does not tell, the vocabulary's words do.
+        ("mine", None, "The café"),
+        (None, None, "The café"),
+    ],
+)
+def test_a_cased_checkpoint_keeps_its_capitals(
+    source: Path, tmp_path: Path, name: str | None, lowercase: bool | None, written: str
+) -> None:
+    change_args(source, {"config_name": name})
+    words = ["The", "the", "café", "cafe", *(f"W{i}" for i in range(211 - 9))]
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join([*SPECIAL_TOKENS, *words]) + "\n", encoding="utf-8")
+    report = import_teacher(source, tmp_path / "out", vocab=vocab, lowercase=lowercase)
+    assert text_of(tmp_path / "out") == written
+    assert report.lowercase is (written == "the cafe")
+
+
+def test_a_name_that_does_not_tell_leaves_an_uncased_vocabulary_uncased(
+    source: Path, tmp_path: Path
+) -> None:
+    change_args(source, {"config_name": "mine"})
+    import_teacher(source, tmp_path / "out", vocab=vocabulary(tmp_path / "vocab.txt", 211))
+    assert Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").lowercase
+
+
+def test_the_command_has_a_flag_for_either_case(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocab = str(vocabulary(tmp_path / "vocab.txt", 211))
+    arguments = [str(source), str(tmp_path / "out"), "--overwrite"]
+    import_diffuseq.main([*arguments, "--vocab", vocab, "--cased"])
+    assert not Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").lowercase
+    assert "tokenizer  with capitals and accents" in capsys.readouterr().out
+    import_diffuseq.main([*arguments, "--vocab", vocab, "--uncased"])
+    assert Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").lowercase
+    with pytest.raises(UsageError, match="--cased and --uncased"):
+        import_diffuseq.main([*arguments, "--vocab", vocab, "--cased", "--uncased"])
+    with pytest.raises(UsageError, match="add --vocab"):
+        import_diffuseq.main([*arguments, "--cased"])

@@ -11,7 +11,7 @@ import torch
 from figures import Figure
 from trainings import TrainingServer, build_faults, everything_on, write_config
 
-from benchmarks.records import environment
+from dlmone_fast.release.environment import environment
 
 _FIGURES = pytest.StashKey[list[dict[str, str | bool]]]()
 

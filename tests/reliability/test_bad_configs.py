@@ -304,10 +304,13 @@ TYPOS = {
         ["generate_bulk", "a", "b", "--model", "m", "--batch-sise", "3"], "--batch-size",
     ),
     "a flag of doctor": (["doctor", "--jsn"], "--json"),
+    "a flag of release": (["release", "--data-dir", "d", "--shedule", "cpu"], "--schedule"),
 }  # fmt: skip
 
 
-COMMANDS = ("train", "evaluate", "sample", "serve", "generate_bulk", "import_diffuseq", "doctor")
+COMMANDS = (
+    "train", "evaluate", "sample", "serve", "generate_bulk", "import_diffuseq", "doctor", "release",
+)  # fmt: skip
 
 
 def test_a_typo_is_answered_at_once(campaign: bool, figure: Figure, tmp_path: Path) -> None:

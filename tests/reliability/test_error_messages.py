@@ -208,9 +208,9 @@ TABLE: dict[str, list[Way]] = {
     ],
     "PromptError": [
         Way(_asked(["ba", 3]), "got int", "batch[1]", "must be a str"),
-        Way(_asked(["ba", "x" * 20_001]), "20001 characters", "texts[1]", "shorten the text"),
-        Way(_asked(["\ud800"]), "lone surrogate", "texts[0]", "decode the input as UTF-8"),
-        Way(_asked(["ba " * 30]), "the limit is 8", "source", "shorten"),
+        Way(_asked(["ba", "x" * 20_001]), "20001 characters", "batch[1]", "shorten the text"),
+        Way(_asked(["\ud800"]), "lone surrogate", "batch[0]", "decode the input as UTF-8"),
+        Way(_asked(["ba " * 30]), "the limit is 8", "batch[0]", "shorten"),
     ],
     "BackendUnavailableError": [
         Way(_forced, "cannot run", "nearest_token", "Available here: "),

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import tiny
+import words
 from litserve.utils import LitAPIStatus
 
+from dlmone_fast.aligned_tokenizer import AlignedTokenizer
 from dlmone_fast.errors import BackendUnavailableError
+from dlmone_fast.runtime import Generator
 from dlmone_fast.serve import main
 from dlmone_fast.serving.options import ServeOptions
 from dlmone_fast.serving.spec import PROBE
@@ -76,6 +79,17 @@ def test_a_probe_is_in_no_count_of_rows(worker: Worker):
     assert [answer["status"] for answer in answers] == [200, 200, 200]
     assert [answer["rows"] for answer in answers] == [0, 3, 0]
     assert worker.predict([PROBE])[0]["rows"] == 0
+
+
+def test_a_model_of_words_answers_probes_and_names_bad_words(worker: Worker):
+    tokenizer = AlignedTokenizer.learn(words.pairs())
+    network = tiny.denoiser(vocab_size=tokenizer.vocab_size)
+    worker.generator = Generator(network, tokenizer, tiny.settings())
+    worker.generator.warmup((1, 2))
+    bad = {**DEFAULTS, "prompts": ["bat", "b4t"]}
+    probed, good, refused = worker.predict([PROBE, {**DEFAULTS, "prompts": ["bat"]}, bad])
+    assert (probed["status"], good["status"], refused["status"]) == (200, 200, 422)
+    assert refused["detail"].startswith("prompts[1]: '4' (digit four)")
 
 
 def test_settings_that_the_model_refuses_are_no_defect(worker: Worker):

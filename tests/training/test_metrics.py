@@ -23,6 +23,7 @@ OF_TEXT = (
     "self_bleu",
     "div_4",
     "exact_copy",
+    "unknown",
 )
 OF_UPDATES = (
     "score_matching",

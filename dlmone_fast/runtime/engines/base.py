@@ -61,10 +61,12 @@ class Engine(ABC):
         name: "eager", "compile", "graph" or "openvino".
         precision: "fp32", "bf16", "fp16" or "int8".
         runners: how many runners are worth having; more would fight for the same processors.
+        any_length: whether sequences may be shorter than the model's own length.
     """
 
     name: ClassVar[str]
     runners: ClassVar[int] = 1
+    any_length: ClassVar[bool] = False
     precision: str
 
     @abstractmethod

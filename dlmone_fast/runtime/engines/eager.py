@@ -20,6 +20,7 @@ class EagerEngine(Engine):
     """
 
     name: ClassVar[str] = "eager"
+    any_length: ClassVar[bool] = True
 
     def __init__(self, denoiser: Denoiser, precision: str) -> None:
         self.precision = precision

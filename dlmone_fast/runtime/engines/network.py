@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dlmone_fast.kernels.blocks import WIDEST_NORM, add_layer_norm, input_layer_norm
 from dlmone_fast.models.denoiser import Denoiser
-from dlmone_fast.networks.backbone import Backbone
+from dlmone_fast.networks.backbone import Backbone, at_length, present, windows
 from dlmone_fast.networks.embedding import time_features
 from dlmone_fast.networks.layers import LAYER_NORM_EPS, Block
 from dlmone_fast.runtime.engines.linear import Linear
@@ -68,7 +68,10 @@ class InferenceNetwork:
         self._estimate: Tensor | None = None
         if self.config.self_conditioning:
             self._estimate = backbone.estimate_projection.weight.detach().to(dtype)
-        self._position = backbone.position.weight.detach()
+        self._position = backbone.positions().detach()
+        self._source: Tensor | None = None
+        if self.config.source == "aligned":
+            self._source = backbone.source_projection.weight.detach().to(dtype)
         self._input_norm = _Norm.of(backbone.input_norm)
         self._layers = [_Layer.of(block, dtype, fused, pack) for block in backbone.blocks]
         pre_norm = self.config.norm == "pre"
@@ -114,14 +117,44 @@ class InferenceNetwork:
         estimate: Tensor | None = None,
     ) -> Tensor:
         """x̂0 of x_t and its time embedding: everything that depends on x_t."""
+        if self.config.in_slots:
+            return self._body_in_slots(x_t, time, first_position, estimate)
+        read = slice(first_position, None)
+        return self._x0(self._projected(x_t, estimate), time, read, None)
+
+    def _body_in_slots(
+        self, x_t: Tensor, time: Tensor, first_position: int, estimate: Tensor | None
+    ) -> Tensor:
+        """`body` for a source in slots; x̂0 is zero behind the target's slots."""
+        length = x_t.shape[1]
+        slots = self.config.slots_of(length)
+        if self._source is None:
+            attended = present(x_t)
+            attended[:, :slots] = True
+            projected = self._projected(x_t, estimate)
+        else:
+            source = x_t[:, slots:]
+            attended = present(source)
+            estimate = None if estimate is None else estimate[:, :slots]
+            projected = self._projected(x_t[:, :slots], estimate)
+            read = windows(source.to(self.dtype), self.config.source_window)
+            projected = projected + F.linear(read, self._source)
+        x0 = self._x0(projected, time, slice(first_position, slots), attended)
+        return at_length(x0, length - first_position)
+
+    def _projected(self, x_t: Tensor, estimate: Tensor | None) -> Tensor:
         first, last = self._input
         projected = last(first(x_t.to(self.dtype), "tanh"))
-        if estimate is not None:
-            assert self._estimate is not None
-            projected = projected + F.linear(estimate.to(self.dtype), self._estimate)
-        h = self._enter(projected, time)
-        norm, start = self._output_norm, first_position
-        h = self._pre_norm(h, norm, start) if norm else self._post_norm(h, start)
+        if estimate is None:
+            return projected
+        assert self._estimate is not None
+        return projected + F.linear(estimate.to(self.dtype), self._estimate)
+
+    def _x0(self, projected: Tensor, time: Tensor, read: slice, attended: Tensor | None) -> Tensor:
+        """x̂0 at the positions `read`, of what the blocks read."""
+        h, norm = self._enter(projected, time), self._output_norm
+        keys = None if attended is None else attended[:, None, None, :]
+        h = self._pre_norm(h, norm, read, keys) if norm else self._post_norm(h, read, keys)
         first, last = self._output
         return last(first(h, "tanh"))
 
@@ -132,28 +165,29 @@ class InferenceNetwork:
             return input_layer_norm(projected, self._position, time, *norm.tensors, LAYER_NORM_EPS)
         return norm(projected + self._position[: projected.shape[1]] + time.unsqueeze(1))
 
-    def _post_norm(self, h: Tensor, start: int) -> Tensor:
+    def _post_norm(self, h: Tensor, read: slice, keys: Tensor | None) -> Tensor:
         for layer in self._layers:
             # The last layer's outputs are read where something is generated only.
-            first = start if layer is self._layers[-1] else 0
-            attended = layer.attend(h.to(self.dtype), first)
-            h = self._add_norm(attended, h[:, first:], layer.attention_norm)
+            queries = read if layer is self._layers[-1] else slice(None)
+            attended = layer.attend(h.to(self.dtype), queries, keys)
+            h = self._add_norm(attended, h[:, queries], layer.attention_norm)
             ffn = layer.ffn(h.to(self.dtype))
             if layer is self._layers[-1]:
                 return self._last_norm(ffn, h, layer.ffn_norm)
             h = self._add_norm(ffn, h, layer.ffn_norm)
         return h.float()
 
-    def _pre_norm(self, h: Tensor, output_norm: _Norm, start: int) -> Tensor:
+    def _pre_norm(self, h: Tensor, output_norm: _Norm, read: slice, keys: Tensor | None) -> Tensor:
         # The one norm without a sum before it. In fp32: torch's has one dtype for all arguments.
         normed = self._layers[0].attention_norm(h.float())
         for layer, following in zip(self._layers, self._layers[1:], strict=False):
-            normed, h = self._norm_and_sum(layer.attend(normed.to(self.dtype)), h, layer.ffn_norm)
+            attended = layer.attend(normed.to(self.dtype), slice(None), keys)
+            normed, h = self._norm_and_sum(attended, h, layer.ffn_norm)
             ffn = layer.ffn(normed.to(self.dtype))
             normed, h = self._norm_and_sum(ffn, h, following.attention_norm)
         layer = self._layers[-1]
-        attended = layer.attend(normed.to(self.dtype), start)
-        normed, h = self._norm_and_sum(attended, h[:, start:], layer.ffn_norm)
+        attended = layer.attend(normed.to(self.dtype), read, keys)
+        normed, h = self._norm_and_sum(attended, h[:, read], layer.ffn_norm)
         return self._last_norm(layer.ffn(normed.to(self.dtype)), h, output_norm)
 
     def _add_norm(self, x: Tensor, residual: Tensor, norm: _Norm) -> Tensor:
@@ -221,13 +255,13 @@ class _Layer:
             ffn_norm=_Norm.of(block.ffn_norm),
         )
 
-    def attend(self, h: Tensor, first: int = 0) -> Tensor:
-        """Self-attention [B, L - first, H] over every position, of those from `first` on."""
+    def attend(self, h: Tensor, queries: slice, keys: Tensor | None = None) -> Tensor:
+        """Self-attention of some positions over those that `keys` bool [B, 1, 1, L] marks."""
         batch, length, hidden = h.shape
         qkv = self.qkv(h).view(batch, length, 3, self.heads, hidden // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q[:, :, first:], k, v)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length - first, hidden))
+        mixed = F.scaled_dot_product_attention(q[:, :, queries], k, v, attn_mask=keys)
+        return self.output(mixed.transpose(1, 2).reshape(batch, -1, hidden))
 
     def ffn(self, h: Tensor) -> Tensor:
         """The feed-forward network [B, L, H]."""

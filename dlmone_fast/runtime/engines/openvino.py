@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dlmone_fast.errors import ForkedProcessError, ModelNotLoadedError, UsageError
 from dlmone_fast.models.denoiser import Denoiser
+from dlmone_fast.networks.backbone import at_length
 from dlmone_fast.runtime.engines import openvino_graph, openvino_model
 from dlmone_fast.runtime.engines.base import Engine, Runner
 
@@ -40,6 +41,7 @@ class OpenVinoEngine(Engine):
     """
 
     name: ClassVar[str] = "openvino"
+    any_length: ClassVar[bool] = True
 
     def __init__(self, request: EngineRequest) -> None:
         self.precision = request.precision
@@ -125,33 +127,34 @@ class OpenVinoEngine(Engine):
 class _OpenVinoRunner(Runner):
     def __init__(self, engine: OpenVinoEngine) -> None:
         self._engine = engine
-        config = engine.denoiser.config
-        self._row = (config.seq_len, config.embedding_dim)
+        self._config = engine.denoiser.config
         self._slots: dict[int, _Slot] = {}
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         engine = self._engine
         engine.check()
-        if x_t.shape[1:] != self._row:
-            length, width = self._row
-            raise UsageError(f"x_t must be [B, {length}, {width}], got {tuple(x_t.shape)}")
+        sizes, shape = self._config, tuple(x_t.shape)
+        longest = sizes.seq_len
+        fits = len(shape) == 3 and shape[2] == sizes.embedding_dim
+        if not fits or not (longest == shape[1] or (sizes.in_slots and shape[1] < longest)):
+            raise UsageError(f"x_t must be [B, {longest}, {sizes.embedding_dim}], got {shape}")
         rows = len(x_t)
         if t.shape != (rows,) or not rows:
             t = engine.denoiser.schedule.timesteps(t, x_t)
         if not rows:
             return torch.empty_like(x_t, dtype=torch.float32)
-        return self._slot(rows).run(x_t, t)
+        return at_length(self._slot(rows, shape[1]).run(x_t, t), shape[1])
 
     def release(self) -> None:
         """Drop the requests, which keep compiled models alive."""
         self._slots.clear()
 
-    def _slot(self, rows: int) -> _Slot:
+    def _slot(self, rows: int, length: int) -> _Slot:
         key = self._engine.rows_of_model(rows)
         slot = self._slots.get(key)
         if slot is None:
             slot = self._slots[key] = _Slot(self._engine, key)
-        slot.resize(rows)
+        slot.resize(rows, length)
         return slot
 
 
@@ -168,25 +171,26 @@ class _Slot:
         self._config = engine.denoiser.config
         self._schedule = engine.denoiser.schedule
         self._time_vectors = engine.time_vectors
-        self._rows = 0
+        self._shape = (0, 0)
 
-    def resize(self, rows: int) -> None:
-        """Point the request to memory for so many rows."""
-        if rows == self._rows:
+    def resize(self, rows: int, length: int) -> None:
+        """Point the request to memory for so many rows of that length."""
+        if (rows, length) == self._shape:
             return
-        length, width = self._config.seq_len, self._config.embedding_dim
+        width = self._config.embedding_dim
+        slots = self._config.slots_of(length)
         self._x_t = np.empty((rows, length, width), np.float32)
-        self._x0 = np.empty((rows, length, width), np.float32)
+        self._x0 = np.empty((rows, slots, width), np.float32)
         # An ordinary tensor even where the caller is in inference mode: later calls may not be.
         with torch.inference_mode(False):
             self._t_vector = torch.empty(rows, self._config.hidden_size)
         self._request.set_input_tensor(0, self._shared(self._x_t))
         self._request.set_input_tensor(1, self._shared(self._t_vector.numpy()))
         self._request.set_output_tensor(0, self._shared(self._x0))
-        self._rows = rows
+        self._shape = (rows, length)
 
     def run(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x̂0 [B, L, d], in new memory."""
+        """x̂0 [B, L, d], in new memory; with a source in slots, that of the slots alone."""
         # numpy copies: threads that torch had woken would spin on OpenVINO's processors.
         np.copyto(self._x_t, x_t.detach().float().numpy())
         try:

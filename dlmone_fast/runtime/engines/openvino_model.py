@@ -49,11 +49,13 @@ def quantized(model: Any, x_t: Tensor, t_vector: Tensor) -> Any:
 
 
 def with_rows(model: Any, rows: int, config: ModelConfig) -> Any:
-    """A copy of a model for batches of so many rows; -1: of any number."""
+    """A copy of a model for batches of so many rows; -1: of any number. Lengths stay free where
+    sources are in slots."""
     copy = model.clone()
     x_t, t_vector = copy.inputs
+    length = -1 if config.in_slots else config.seq_len
     sizes = {
-        x_t: [rows, config.seq_len, config.embedding_dim],
+        x_t: [rows, length, config.embedding_dim],
         t_vector: [rows, config.hidden_size],
     }
     copy.reshape(sizes)

@@ -1,0 +1,1 @@
+"""Whole calls of `generate`, text in to text out, beside other libraries and other models."""

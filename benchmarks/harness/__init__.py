@@ -1,0 +1,1 @@
+"""The timing itself: checked results, races against peers, records with their environment."""

@@ -1,0 +1,1 @@
+"""Quality of a teacher and its student against network calls and against time."""

@@ -1,0 +1,1 @@
+"""Pages and pictures from records: `python -m benchmarks.report`."""

@@ -1,0 +1,1 @@
+"""Training steps beside plain PyTorch, and training on several processes."""
