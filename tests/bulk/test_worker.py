@@ -90,14 +90,14 @@ def test_rejects_say_which_row_and_why(
     ]
 
 
-def test_words_that_a_model_of_words_cannot_read_are_rejects(tmp_path: Path):
+def test_words_that_a_model_of_words_cannot_read_are_rejects(tmp_path: Path, model: Path):
     tokenizer = AlignedTokenizer.learn(words.pairs())
     network = tiny.denoiser(vocab_size=tokenizer.vocab_size)
     spoken = Generator(network, tokenizer, tiny.settings())
     source = tmp_path / "in.jsonl"
     rows = [{"word": "bat"}, {"word": "b4t"}, {"word": ""}, {"word": "xix", "truncated": 0}]
     source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"word": "shim"}]))
-    written = made(source, tmp_path / "out", tmp_path, spoken, 8, column="word")
+    written = made(source, tmp_path / "out", model, spoken, 8, column="word")
     assert [row["word"] for row in written] == ["bat", "shim"]
     lines = (tmp_path / "out" / "part-000000.rejects.jsonl").read_text().splitlines()
     reasons = {row["id"]: row["reason"] for row in map(json.loads, lines)}
