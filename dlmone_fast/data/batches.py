@@ -204,7 +204,7 @@ class BatchStream:
         batches = order[first : first + whole * size].copy().reshape(whole, size)
         for start in range(0, whole, _POOL):
             pool = batches[start : start + _POOL]
-            rows: IntArray = pool.reshape(-1)
+            rows = pool.reshape(-1)
             rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(pool.shape)
             number = epoch * -(-whole // _POOL) + start // _POOL
             mixed = permutation(self.seed, Stream.BATCH_ORDER, number % LIMIT, len(pool))

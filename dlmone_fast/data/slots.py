@@ -134,14 +134,10 @@ def at_full_length(ids: Tensor, mask: Tensor, sizes: ModelConfig) -> tuple[Tenso
 
 def source_lengths(cache: TokenCache) -> IntArray:
     """Tokens of each row's source, int64 [rows]; the sides of exchanged rows change places."""
-    lengths = _between(np.asarray(cache.src_offsets))
+    lengths = np.diff(np.asarray(cache.src_offsets))
     if not cache.both_directions:
         return lengths
-    return np.concatenate([lengths, _between(np.asarray(cache.trg_offsets))])
-
-
-def _between(offsets: IntArray) -> IntArray:
-    return offsets[1:] - offsets[:-1]
+    return np.concatenate([lengths, np.diff(np.asarray(cache.trg_offsets))])
 
 
 def _empty(sources: Sequence[Sequence[int]], sizes: ModelConfig) -> tuple[IntArray, IntArray]:

@@ -205,9 +205,9 @@ def test_bulk_counts_words_that_cannot_be_read(
     assert [row["src"] for row in written] == ["bat", "xix"]
     rejects = _lines(tmp_path / "out" / "part-000000.rejects.jsonl")
     assert [reason.split(",")[0] for reason in (row["reason"] for row in rejects)] == [
-        "'4' (digit four)",
-        "empty; expected a word",
-        "'z' (latin small letter z)",
+        "'src': '4' (digit four)",
+        "'src': empty; expected a word",
+        "'src': 'z' (latin small letter z)",
     ]
 
 
