@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dlmone_fast.cli import run_command
 from dlmone_fast.comparison.quality import GRAMMAR, TEXT
 from dlmone_fast.data.rows import load_rows
 from dlmone_fast.errors import BackendUnavailableError
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend, precision in itertools.product(options.backends, options.precisions):
         try:
             model = load_model(
-                options.model, backend=backend, dtype=precision, calibration=calibration
+                options.model,
+                backend=backend,
+                dtype=precision,
+                calibration=calibration if precision == "int8" else None,
             )
         except BackendUnavailableError as error:
             print(error, file=sys.stderr)
@@ -120,4 +124,4 @@ def _quality(model: Generator, rows: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

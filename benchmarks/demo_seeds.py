@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.cli import run_command
 from dlmone_fast.evaluation.table import Table
 
 SEEDS = (1, 2, 3)
@@ -63,4 +64,4 @@ def _find(rows: list[dict[str, Any]], system: str, steps: int) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pair = open_pair(options)
     pair.check_vocabulary()
     rows = measure_pair(pair, options, lambda line: print(line, file=sys.stderr))
-    print(f"{_heading(pair, options)}\n\n{table(rows, pair.is_grammar).markdown()}")
     if options.save_records:
         print(f"record: {_save(pair.student.device, rows, load)}", file=sys.stderr)
+    print(f"{_heading(pair, options)}\n\n{table(rows, pair.is_grammar).markdown()}")
     return 0
 
 

@@ -40,7 +40,7 @@ from dlmone_fast.runtime import load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; the exit code."""
+    """Write the measurements and print the table; the exit code."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = load_rows(options.data_dir or DATA["g2p"], options.split, options.rows or None)
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for system in systems(options):
         print(f"measuring {system.name}", file=sys.stderr, flush=True)
         measured.append(measure(system, rows, options.bootstrap))
-    print(table(measured).markdown())
     if options.output:
         result = {**environment(torch.device("cpu")), "rows": measured}
         write_atomically(Path(options.output), [json.dumps(result, indent=1).encode()])
+    print(table(measured).markdown())
     return 0
 
 

@@ -39,7 +39,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, compute, print and write."""
+    """Measure, compute, write and print."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ranks", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": plan_table(Machine()).markdown(),
     }
     for name, text in sections.items():
-        print(text, end="\n\n")
         if not options.dry_run:
             replace_section(PAGE, name, text)
+        print(text, end="\n\n")
     return 0
 
 

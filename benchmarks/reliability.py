@@ -53,7 +53,7 @@ SUBJECTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and write the page; 1, and no page, if the campaign did not pass."""
+    """Write the page and print the table; 1, and no page, if the campaign did not pass."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reliability", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.figures}: expected the JSON that `pytest tests/reliability --figures FILE` "
             f"writes, got {error!r}; run it again"
         ) from error
+    if passed:
+        replace_section(PAGE, "figures", section)
     print(section)
     if not passed:
         print("\nThe campaign did not pass; the page stays as it is.")
-        return 1
-    replace_section(PAGE, "figures", section)
-    return 0
+    return int(not passed)
 
 
 def figures_section(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,16 @@ class AlignedTokenizer(TextTokenizer):
         """A shortest word."""
         return self.alignment.letters[0]
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], named: Callable[[int], str] = "texts[{}]".format
+    ) -> list[list[int]]:
         """Return `[CLS] letters [SEP]` of each word, lower-cased, without white space around it.
 
         Raise PromptError for a text that is empty, holds what is none of the letters, is not a
-        str, not Unicode or over `max_chars`.
+        str, not Unicode or over `max_chars`; it is called `named(place)`, as the caller knows it.
         """
-        return [self._word(text, i) for i, text in enumerate(self._checked_texts(texts))]
+        checked = self._checked_texts(texts, named)
+        return [self._word(text, named(i)) for i, text in enumerate(checked)]
 
     def encode_targets(
         self, sources: Sequence[str], targets: Sequence[str]
@@ -153,7 +156,9 @@ class AlignedTokenizer(TextTokenizer):
         pairs = [
             (_lowered(source), split_symbols(target))
             for source, target in zip(
-                self._checked_texts(sources), self._checked_texts(targets), strict=True
+                self._checked_texts(sources, "sources[{}]".format),
+                self._checked_texts(targets, "targets[{}]".format),
+                strict=True,
             )
         ]
         ids = self._label_ids
@@ -196,21 +201,21 @@ class AlignedTokenizer(TextTokenizer):
 
     def respell(self, text: str) -> str:
         """Return the word in the letters that are read, lower-cased."""
-        self.encode([text])
+        self.encode([text], "text".format)
         return _lowered(text)
 
-    def _word(self, text: str, place: int) -> list[int]:
+    def _word(self, text: str, name: str) -> list[int]:
         word = _lowered(text)
         if not word:
             raise PromptError(
-                f"texts[{place}]: empty; expected a word, written with the letters "
+                f"{name}: empty; expected a word, written with the letters "
                 f"{self._alphabet()}: remove the row or write one"
             )
         ids = [self._letter_ids.get(letter, 0) for letter in word]
         if 0 in ids:
             at = ids.index(0)
             raise PromptError(
-                f"texts[{place}]: {_character(word[at])}, character {at + 1} of {word!r:.60}, is "
+                f"{name}: {_character(word[at])}, character {at + 1} of {word!r:.60}, is "
                 f"none of the letters {self._alphabet()}; give one word a row, written with them, "
                 "numbers and abbreviations in full"
             )

@@ -126,6 +126,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     exception is a defect and keeps its traceback.
     """
     _replace_closed_streams()
+    _print_in_any_encoding()
     try:
         code = main()
         sys.stdout.flush()
@@ -179,6 +180,14 @@ def _replace_closed_streams() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = _ClosedOutput(open(os.devnull, "wb"), encoding="utf-8")  # noqa: SIM115
+
+
+def _print_in_any_encoding() -> None:
+    """Print what a terminal's encoding lacks as \\xNN or \\uNNNN: no work is lost for a letter."""
+    for stream in (sys.stdout, sys.stderr):
+        # What PYTHONIOENCODING asks for, such as ascii:replace, stays.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _tell(message: str) -> None:

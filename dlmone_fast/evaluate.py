@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,13 @@ Give either MODEL with --data-dir, or --generations. Prints two tables with the 
 and reference rows, or, for the task g2p, one of word and phoneme error rates; --json prints one
 object instead. Exit codes: 0 done, 2 usage, 3 data, 4 model files.
 """
+
+
+# Options of generating, which files of generations have behind them.
+_OF_A_MODEL = (
+    "split", "num_candidates", "steps", "sampler", "temperature", "batch_size", "device", "dtype",
+    "backend", "calibration", "joint_truncation", "generations_dir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         task, result = _from_model(args, task)
     document = json.dumps(result, indent=2, allow_nan=False)
+    if args.output:
+        from dlmone_fast.evaluation.generations import write_text
+
+        # Before anything is printed: where that fails, the result is kept.
+        write_text(args.output, document + "\n")
     if args.json:
         print(document)
     else:
@@ -114,10 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         name = Path(args.model).name if args.model else "generations"
         print(format_report(result, name=name, task=task))
-    if args.output:
-        from dlmone_fast.evaluation.generations import write_text
-
-        write_text(args.output, document + "\n")
     return 0
 
 
@@ -133,11 +141,24 @@ def _check(args: EvaluateArgs) -> None:
         raise UsageError(
             "--data-dir: generation files hold their own sources and references; leave it out."
         )
-
+    if args.generations:
+        _check_of_a_model(args)
+    if args.bertscore_layer is not None and args.bertscore_model is None:
+        raise UsageError("--bertscore-layer: belongs to --bertscore-model DIR; leave it out.")
     candidates = len(args.generations) if args.generations else args.num_candidates
     if args.mbr and candidates < 2:
         way = "name several --generations files" if args.generations else "add --num-candidates 10"
         raise UsageError(f"--mbr: needs candidates to choose from; {way}.")
+
+
+def _check_of_a_model(args: EvaluateArgs) -> None:
+    for item in fields(args):
+        if item.name in _OF_A_MODEL and getattr(args, item.name) != item.default:
+            flag = item.name.replace("_", "-")
+            raise UsageError(
+                f"--{flag}: belongs to MODEL, and --generations files are scored as they are; "
+                "leave it out."
+            )
 
 
 def _task(args: EvaluateArgs) -> str:

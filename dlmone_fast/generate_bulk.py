@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,18 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional
 
 from dlmone_fast.cli import OptionalFloat, OptionalInt, OptionalStr, parse, run_command
-from dlmone_fast.errors import UsageError
+from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import real_path
 
 if TYPE_CHECKING:
     from dlmone_fast.bulk.job import Job
     from dlmone_fast.bulk.resources import Machine
+    from dlmone_fast.bulk.shards import Shard
 
 DESCRIPTION = """Generate a text for each row of a .jsonl, .jsonl.gz or .parquet file, or a folder
 of them, on the workers of Ray (pip install 'dlmone_fast[ray]'; RAY_ADDRESS names a cluster).
 
 The output folder gets a jsonl file a shard: the row's own fields, row_id, generated (or candidates)
-and truncated. Rows that cannot be used are in part-N.rejects.jsonl with their reason. The same
+and truncated; --field-prefix names them otherwise for rows that have such fields. Rows that cannot
+be used are in part-N.rejects.jsonl with their reason; if all are, the exit code is 3. The same
 command again makes the shards that are missing, on the same kind of device: a job that began on
 CPUs is refused on GPUs. A row's text depends on its id and --seed, not on workers or batches. Exit
 codes: 0 done, 2 usage, 3 data, 4 model files.
@@ -57,6 +60,8 @@ class BulkArgs:
     """Sampler of a teacher; default: the model's own."""
     temperature: OptionalFloat = None
     """Factor of all noise: below 1 texts are likelier and less diverse; default: the model's."""
+    field_prefix: str = ""
+    """Goes before the names of the fields that are added."""
     seed: int = 0
     """Of all texts."""
     batch_size: int = 64
@@ -77,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args)
     from tqdm import tqdm
 
+    from dlmone_fast.bulk.columns import check_columns
     from dlmone_fast.bulk.on_ray import run_on_ray
     from dlmone_fast.bulk.resources import device_kind, share
     from dlmone_fast.bulk.shards import plan_shards
@@ -88,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _machines(args.device) as (machines, here):
         device = device_kind(machines, args.device, args.workers)
         job = _job(args, source, device, here)
+        check_columns(source, args.column, args.id_column, job.options.added)
         job.open()
         missing = job.missing(shards)
         left = {shard.index for shard in missing}
@@ -106,7 +113,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(shards):,} shards ({len(missing):,} made now, {rate:,.0f} rows/s)",
         file=sys.stderr,
     )
+    if now.rejected and not now.rows:
+        raise _nothing_written(job, shards)
     return 0
+
+
+def _nothing_written(job: Job, shards: list[Shard]) -> DataError:
+    shard = next(shard for shard in shards if job.done(shard).rejected)
+    rejects = job.rejects_file(shard)
+    try:
+        with rejects.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        reason = f"{first['id']}: {first['reason']}"
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"its reason cannot be read ({error})"
+    return DataError(
+        f"{job.source}: every row was rejected, the first one because of {reason}; {rejects} has "
+        "the others: correct the rows or name another --column, with a new output folder"
+    )
 
 
 def _check(args: BulkArgs) -> None:
@@ -140,6 +164,7 @@ def _job(args: BulkArgs, source: Path, device: str, here: bool) -> Job:
         model=str(real_path(args.model)), column=args.column, id_column=args.id_column,
         rows_per_shard=args.rows_per_shard, num_candidates=args.num_candidates, steps=args.steps,
         sampler=args.sampler, temperature=args.temperature, seed=args.seed,
+        field_prefix=args.field_prefix,
     )  # fmt: skip
     return Job(
         source,

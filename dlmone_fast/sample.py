@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,14 @@ from dlmone_fast.cli import (
     run_command,
 )
 from dlmone_fast.errors import DataError, PromptError, UsageError
-from dlmone_fast.sources import Source, calibration_prompts, is_jsonl, numbered_lines, source_of
+from dlmone_fast.sources import (
+    Source,
+    calibration_prompts,
+    is_jsonl,
+    numbered_lines,
+    source_of,
+    taken,
+)
 from dlmone_fast.tasks.arpabet import to_ipa
 
 if TYPE_CHECKING:
@@ -34,11 +40,12 @@ DESCRIPTION = """Generate a text for each source of a file or of standard input.
 
 Text: one source a line in, one text a line out, in order; line breaks inside a text become
 spaces, and a blank line is an empty source that gets its line like any other. jsonl: objects with
-`src` in, the same objects with `generated` (or `candidates`, if several) and `truncated` out.
-Sources beyond the model's limit are cut and counted on stderr. A source that the model cannot read
-(for a model of words: an empty line, a digit) ends the command with its line's number. Exit codes:
-0 done, 2 usage, 3 data, 4 model files, 130 interrupted; with --output nothing is written unless all
-is done.
+`src` in, the same objects with `generated` (or `candidates`, if several), `truncated` and, with
+--ipa, `ipa` out; an object that has one of these already is refused, not written over
+(--field-prefix). Sources beyond the model's limit are cut and counted on stderr. A source that the
+model cannot read (for a model of words: an empty line, a digit) ends the command with its line's
+number. Exit codes: 0 done, 2 usage, 3 data, 4 model files, 130 interrupted; with --output nothing
+is written unless all is done.
 """
 
 
@@ -53,7 +60,9 @@ class SampleArgs:
     output: Annotated[OptionalStr, arg(aliases=("-o",), metavar="FILE")] = None
     """Write this file, whole or not at all; default: standard output."""
     format: Literal["auto", "text", "jsonl"] = "auto"
-    """auto: jsonl for input files named so and where the first line is an object with src."""
+    """auto: jsonl for input files named so and where the first line is an object."""
+    field_prefix: str = ""
+    """jsonl: goes before the names of the fields that are added, for rows that have such fields."""
     steps: OptionalInt = None
     """Network calls per text; default: the model's own."""
     sampler: OptionalStr = None
@@ -113,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "leave it out, or name a model of the task g2p"
         )
     count = Count()
-    sources = (source_of(args.input, number, line, jsonl) for number, line in lines)
+    sources = _sources(args, lines, jsonl)
     _write(args.output, _generated(args, generator, sources, jsonl, count))
     if count.truncated:
         limit = generator.settings.max_source_tokens
@@ -131,11 +140,33 @@ def _check(args: SampleArgs, jsonl: bool) -> None:
         raise UsageError(f"--seed: expected 0 to {MAX_SEED}, got {args.seed}")
     if args.mbr and args.num_candidates < 2:
         raise UsageError("--mbr: needs candidates to choose from; add --num-candidates 10")
+    if args.field_prefix and not jsonl:
+        raise UsageError("--field-prefix: belongs to jsonl, and the output is text; leave it out")
     if args.num_candidates > 1 and not (args.mbr or jsonl):
         raise UsageError(
             f"--num-candidates {args.num_candidates}: text output has one line a source; add --mbr "
             "to keep the best one, or use --format jsonl"
         )
+
+
+def _added(args: SampleArgs) -> list[str]:
+    """Names of the fields that a row gets: its texts, how they sound, and whether it was cut."""
+    texts = "candidates" if args.num_candidates > 1 and not args.mbr else "generated"
+    names = [texts, *(["ipa"] if args.ipa else []), "truncated"]
+    return [args.field_prefix + name for name in names]
+
+
+def _sources(args: SampleArgs, lines: Iterator[tuple[int, bytes]], jsonl: bool) -> Iterator[Source]:
+    added = _added(args)
+    for number, line in lines:
+        source = source_of(args.input, number, line, jsonl)
+        if clash := taken(source.row, added):
+            raise DataError(f"{_place(args, number)}: {clash}")
+        yield source
+
+
+def _place(args: SampleArgs, number: int) -> str:
+    return f"{args.input or 'standard input'}, line {number}"
 
 
 def _generated(
@@ -151,10 +182,10 @@ def _generated(
     with tqdm(desc="sample", unit="text", disable=None) as bar:
         while window := list(islice(sources, WINDOW)):
             longest = generator.tokenizer.max_chars
-            cut_texts = [source.text[:longest] for source in window]
-            with _naming_the_line(args.input, generator, cut_texts, count.rows):
+            places = [_place(args, count.rows + i) for i in range(1, len(window) + 1)]
+            try:
                 batch = generator.generate_candidates(
-                    cut_texts,
+                    [source.text[:longest] for source in window],
                     num_candidates=args.num_candidates,
                     steps=args.steps,
                     seeds=row_seeds(args.seed, len(window), count.rows),
@@ -163,49 +194,39 @@ def _generated(
                     temperature=args.temperature,
                     on_overflow="truncate",
                     progress=False,
+                    named=places.__getitem__,
                 )
+            except PromptError as error:
+                raise DataError(
+                    f"{error}; or use python -m dlmone_fast.generate_bulk, which sets such rows "
+                    "aside"
+                ) from error
             written = []
             for source, texts, cut in zip(window, batch.texts, batch.truncated, strict=True):
                 truncated = cut or len(source.text) > longest
                 count.truncated += truncated
                 kept = [texts[select_mbr(texts)]] if args.mbr else texts
-                written.append(_written(source, kept, truncated, jsonl, args.ipa))
+                written.append(
+                    _jsonl(args, source, kept, truncated) if jsonl else _text(args, kept)
+                )
             count.rows += len(window)
             bar.update(len(window))
             yield "".join(written).encode()
 
 
-@contextmanager
-def _naming_the_line(
-    path: str | None, generator: Generator, texts: list[str], before: int
-) -> Iterator[None]:
-    """Turn the refusal of a source into a DataError that names its line."""
-    try:
-        yield
-    except PromptError:
-        for number, text in enumerate(texts, before + 1):
-            try:
-                generator.check_prompt(text, "truncate")
-            except PromptError as error:
-                reason = str(error).removeprefix("texts[0]: ")
-                raise DataError(
-                    f"{path or 'standard input'}, line {number}: {reason}; or use "
-                    "python -m dlmone_fast.generate_bulk, which sets such rows aside"
-                ) from error
-        raise
-
-
-def _written(source: Source, texts: list[str], truncated: bool, jsonl: bool, ipa: bool) -> str:
-    spoken = [to_ipa(text, keep_unknown=True) for text in texts] if ipa else texts
-    if not jsonl:
-        return _line(spoken[0])
-    result: dict[str, object] = (
-        {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
-    )
-    if ipa:
-        result["ipa"] = spoken[0] if len(spoken) == 1 else spoken
-    row = {**source.row, **result, "truncated": truncated}
+def _jsonl(args: SampleArgs, source: Source, texts: list[str], truncated: bool) -> str:
+    columns = [texts, list(map(_spoken, texts))] if args.ipa else [texts]
+    values = [column[0] if len(column) == 1 else column for column in columns]
+    row = {**source.row, **dict(zip(_added(args), [*values, truncated], strict=True))}
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _text(args: SampleArgs, texts: list[str]) -> str:
+    return _line(_spoken(texts[0]) if args.ipa else texts[0])
+
+
+def _spoken(text: str) -> str:
+    return to_ipa(text, keep_unknown=True)
 
 
 def _line(text: str) -> str:

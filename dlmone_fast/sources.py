@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,7 +17,12 @@ from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.textfiles import lines_of
 
 MAX_LINE_BYTES = 16 * 2**20
+_MOST_NESTED = 200
+_MOST_NAMES = 30
 _MOST_CALIBRATION = 1024
+_MOST_BLANK = 1000
+# How an object or array begins that is torn, or goes on in the next lines.
+_BEGUN = re.compile(r"\[\s*\{|\[\s*$|\[\s*\[\s*$|\{\s*$|\{\s*['\"]")
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,78 @@ def numbered_lines(path: str | None) -> Iterator[tuple[int, bytes]]:
 def is_jsonl(
     path: str | None, form: str, lines: Iterator[tuple[int, bytes]]
 ) -> tuple[bool, Iterator[tuple[int, bytes]]]:
-    """Whether rows are objects, and the same lines again."""
-    first = list(islice(lines, 1))
-    lines = chain(first, lines)
+    """Whether rows are objects, and the same lines again.
+
+    Raises:
+        DataError: the first line that is not blank begins a JSON array, or an object in a file that
+            is named as text: generated from as text, it would give answers to brackets.
+    """
+    name, read = path or "standard input", []
     if form != "auto":
         return form == "jsonl", lines
-    if path is not None and path.removesuffix(".gz").endswith((".jsonl", ".txt")):
-        return path.removesuffix(".gz").endswith(".jsonl"), lines
+    named = path.removesuffix(".gz") if path is not None else ""
+    if named.endswith(".jsonl"):
+        return True, lines
+    # The blank lines of a text are sources too; what follows them tells what it is.
+    for number, line in islice(lines, _MOST_BLANK):
+        read.append((number, line))
+        if line.strip():
+            break
+    kind = _json_kind(read[-1][1]) if read else ""
+    if kind == "array" or (kind and named.endswith(".txt")):
+        raise DataError(
+            f"{name}, line {read[-1][0]}: begins a JSON {kind}; expected one source a line, or an "
+            'object {"src": "…"} a line (a file of them is named .jsonl): write it so, or give '
+            "sample's --format text if these lines are text"
+        )
+    return kind == "object", chain(read, lines)
+
+
+def _json_kind(line: bytes) -> str:
+    """What a line is or begins: an "object" or an "array" of JSON, or "": text."""
+    text = line.decode("utf-8-sig", "replace").strip()
     try:
-        row = json.loads(first[0][1]) if first else None
-    except (ValueError, RecursionError):
-        row = None
-    return isinstance(row, dict) and "src" in row, lines
+        value = json.loads(text)
+    except RecursionError:
+        return "array" if text.startswith("[") else "object"
+    except ValueError:
+        # One over several lines, or torn. Text begins with brackets too: "[sic]", "{name}".
+        begun = _BEGUN.match(text)
+        return "" if begun is None else "array" if begun[0].startswith("[") else "object"
+    return "object" if isinstance(value, dict) else "array" if isinstance(value, list) else ""
+
+
+def is_nested_too_deeply(value: Any, line: bytes) -> bool:
+    """Whether a line's value is nested so deeply that writing it again may fail."""
+    # Almost every line has fewer brackets altogether.
+    if line.count(b"[") + line.count(b"{") <= _MOST_NESTED:
+        return False
+    level = [value]
+    for _ in range(_MOST_NESTED):
+        level = [part for one in level for part in _parts(one)]
+    return bool(level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def taken(fields: Iterable[str], added: Sequence[str]) -> str:
+    """Why a row cannot get the fields that are added to it; "": none of them is its own.
+
+    Args:
+        fields: the row's own names.
+        added: names of the command's.
+    """
+    own = [name for name in added if name in fields]
+    if not own:
+        return ""
+    return (
+        f"has {' and '.join(map(repr, own))} of its own, which the output would write over; give "
+        "the new fields other names: --field-prefix out_"
+    )
 
 
 def source_of(path: str | None, number: int, line: bytes, jsonl: bool) -> Source:
@@ -75,7 +141,7 @@ def source_of(path: str | None, number: int, line: bytes, jsonl: bool) -> Source
     """
     try:
         text = line.decode("utf-8")
-        return _parsed(text) if jsonl else Source(text, {})
+        return _parsed(text, line) if jsonl else Source(text, {})
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 ({error.reason} at byte {error.start})"
     except RecursionError:
@@ -120,7 +186,7 @@ def _open(path: str | None) -> AbstractContextManager[BinaryIO]:
     return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
 
 
-def _parsed(line: str) -> Source:
+def _parsed(line: str, raw: bytes) -> Source:
     """The source of a jsonl line, or ValueError with the reason alone."""
     if not line.strip():
         raise ValueError('blank line; expected {"src": "…"}')
@@ -128,8 +194,13 @@ def _parsed(line: str) -> Source:
         row = json.loads(line, parse_constant=_no_constant)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("src"), str):
+    if isinstance(row, dict) and "src" not in row:
+        names = ", ".join(list(row)[:_MOST_NAMES]) or "none"
+        raise ValueError(f'expected an object with a string: {{"src": "…"}}, got the keys {names}')
+    if not isinstance(row, dict) or not isinstance(row["src"], str):
         raise ValueError('expected an object with a string: {"src": "…"}')
+    if is_nested_too_deeply(row, raw):
+        raise ValueError("nested too deeply")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

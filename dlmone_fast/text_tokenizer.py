@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.checks import as_whole, is_whole
 from dlmone_fast.errors import ModelFileError, PromptError, UsageError
 from dlmone_fast.files import write_atomically
@@ -43,6 +44,7 @@ class TextTokenizer(ABC):
         """Raise ModelFileError for a vocabulary that lacks a special token or repeats one."""
         if not is_whole(max_chars, 1, 2**31):
             raise UsageError(f"max_chars: expected 1 to {2**31}, got {max_chars!r}")
+        refuse_one("vocabulary", vocabulary)
         self.vocabulary = tuple(vocabulary)
         self.max_chars = max_chars
         self._ids = _checked_vocabulary(self.vocabulary)
@@ -62,11 +64,14 @@ class TextTokenizer(ABC):
         return ""
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], named: Callable[[int], str] = "texts[{}]".format
+    ) -> list[list[int]]:
         """Return `[CLS] … [SEP]` ids of each text, in order and never truncated.
 
         Raise PromptError for a text that is not a str, not Unicode, over `max_chars`, or holds
-        what this kind of tokenizer cannot read.
+        what this kind of tokenizer cannot read; it is called `named(place)`, as the caller knows
+        it.
         """
 
     @abstractmethod
@@ -85,7 +90,7 @@ class TextTokenizer(ABC):
     def respell(self, text: str) -> str:
         """Return the text as `decode_clean` writes it where the vocabulary knows all of it.
 
-        Raise PromptError as `encode` does.
+        Raise PromptError as `encode` does, which calls it "text".
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -120,10 +125,9 @@ class TextTokenizer(ABC):
                 "folder that you may write to"
             ) from error
 
-    def _checked_texts(self, texts: Sequence[str]) -> list[str]:
-        if isinstance(texts, str):
-            raise PromptError("texts: expected a list of str, got one str; wrap it in a list")
-        return [self._checked(text, f"texts[{i}]") for i, text in enumerate(texts)]
+    def _checked_texts(self, texts: Sequence[str], named: Callable[[int], str]) -> list[str]:
+        refuse_one("texts", texts, PromptError)
+        return [self._checked(text, named(i)) for i, text in enumerate(texts)]
 
     def _checked(self, text: str, name: str) -> str:
         # The length comes first: it costs nothing, whatever the text holds.

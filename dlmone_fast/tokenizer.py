@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.boundaries import ALONE, BLANK
 from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import ModelFileError, UsageError
@@ -101,6 +102,11 @@ class Tokenizer(TextTokenizer):
         `strip_accents` None: where text is lower-cased, as BERT's uncased models were trained.
         """
         text = read_text(Path(path))
+        if _is_json_object(text):
+            raise ModelFileError(
+                f"{path}: is JSON, as a tokenizer.json is; expected a vocab.txt with one token a "
+                "line: give that file, or write the keys of model.vocab in order of their ids"
+            )
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         build = partial(cls, tokens, lowercase=lowercase, strip_accents=strip_accents)
         return named(Path(path), build)
@@ -128,6 +134,7 @@ class Tokenizer(TextTokenizer):
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Tokenizer:
         """Build a word-level vocabulary: special tokens 0..4, then `words`, each one token."""
+        refuse_one("words", words)
         tokenizer = cls([*SPECIAL_TOKENS, *words])
         for word in tokenizer.vocabulary[len(SPECIAL_TOKENS) :]:
             if tokenizer._split(word) != [word]:
@@ -155,6 +162,7 @@ class Tokenizer(TextTokenizer):
             raise UsageError(
                 f"vocab_size: expected {smallest} to {MAX_VOCAB_SIZE}, got {vocab_size!r}"
             )
+        refuse_one("texts", texts)
         splitter = cls(SPECIAL_TOKENS, lowercase=lowercase, strip_accents=strip_accents)
         counts: Counter[str] = Counter()
         for index, text in enumerate(texts):
@@ -173,13 +181,16 @@ class Tokenizer(TextTokenizer):
         words = [token for token in self.vocabulary if not token.startswith("[")]
         return 10 * sum(word != word.lower() for word in words) >= max(1, len(words))
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], named: Callable[[int], str] = "texts[{}]".format
+    ) -> list[list[int]]:
         """Return `[CLS] … [SEP]` ids of each text, in order and never truncated.
 
         No text yields a special token's id, except [UNK] for what the vocabulary lacks.
-        Raise PromptError for a text that is not a str, not Unicode or over `max_chars`.
+        Raise PromptError for a text that is not a str, not Unicode or over `max_chars`; it is
+        called `named(place)`, as the caller knows it.
         """
-        checked = self._checked_texts(texts)
+        checked = self._checked_texts(texts, named)
         return [encoding.ids for encoding in self._encode_batch(checked)]
 
     def is_surely_longer(self, text: str, ids: int) -> bool:
@@ -275,6 +286,17 @@ def _backend(
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     backend.encode_special_tokens = True
     return backend
+
+
+def _is_json_object(text: str) -> bool:
+    # No vocabulary begins so and is JSON to its end.
+    if not text.lstrip().startswith("{"):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _bert_parts(content: object) -> tuple[list[str], bool, bool | None]:

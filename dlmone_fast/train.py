@@ -25,6 +25,7 @@ from dlmone_fast.config import (
     to_dict,
     unchecked,
 )
+from dlmone_fast.config.unread import refuse_unread
 from dlmone_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     arguments = _arguments(args)
     config = _configuration(arguments, args)
+    refuse_unread(config)
     teacher = arguments.teacher_folder
     if teacher:
         if not (_value(args, "--preset") or _value(args, "--config")):

@@ -98,6 +98,22 @@ def test_words_that_it_cannot_read_are_named(
         tokenizer.encode(["bat", text])
     assert str(caught.value).startswith("texts[1]: ")
     assert named in str(caught.value)
+    with pytest.raises(PromptError) as caught:
+        tokenizer.encode([text], ["in.txt, line 7"].__getitem__)
+    assert str(caught.value).startswith("in.txt, line 7: ")
+    with pytest.raises(PromptError, match=r"^text: "):
+        tokenizer.respell(text)
+
+
+def test_targets_that_are_no_text_are_named(tokenizer: AlignedTokenizer) -> None:
+    odd: Any = 7
+    with pytest.raises(PromptError, match=r"^sources\[1\]: expected str"):
+        tokenizer.encode_targets(["bat", odd], ["b", "b"])
+    with pytest.raises(PromptError, match=r"^targets\[1\]: expected str"):
+        tokenizer.encode_targets(["bat", "bat"], ["b", odd])
+    for text in ("bat", 7):
+        with pytest.raises(PromptError, match=r"^texts: expected a list, got one"):
+            tokenizer.encode(text)  # type: ignore[arg-type]
 
 
 def test_the_way_out_names_the_letters(tokenizer: AlignedTokenizer) -> None:

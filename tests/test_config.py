@@ -200,7 +200,7 @@ def test_the_round_trip_keeps_every_kind_of_value() -> None:
     config = resolve(
         "grammar",
         seed=2**63 - 1,
-        data_dir='a "b"\\ ç\n',
+        output_dir='a "b"\\ ç\n',
         compile=True,
         teacher={"learning_rate": 1, "ema_decay": 0.1 + 0.2},
     )

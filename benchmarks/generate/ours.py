@@ -69,7 +69,7 @@ class Own:
         model = self.model
         return Generator(
             model.denoiser, model.tokenizer, model.settings, self.precision, backend=self.backend,
-            calibration=model.calibration(),
+            calibration=model.calibration() if self.precision == "int8" else None,
         )  # fmt: skip
 
     def __call__(self, batch: Sequence[str]) -> GenerationOutput:

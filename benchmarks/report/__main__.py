@@ -21,6 +21,7 @@ from benchmarks.report import tables
 from benchmarks.report.devices import Device, devices
 from benchmarks.report.latency import decomposition, latency
 from benchmarks.report.tables import markdown
+from dlmone_fast.cli import run_command
 from dlmone_fast.evaluation.table import Table
 
 PAGES = records.ROOT / "docs" / "benchmarks"
@@ -181,4 +182,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -56,7 +56,7 @@ class Workload:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 if an answer was lost or wrong."""
+    """Measure, write, print; 1 if an answer was lost or wrong."""
     options = _options(arguments)
     load, found = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as folder:
@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         name, text = "serving", _tables(found)
     text = f"{_where(where, load)}\n\n{text}"
-    print(text)
     if not options.dry_run:
         replace_section(PAGE, name, text)
         print(f"written: {records.save(record, records.RESULTS / 'serving')}", file=sys.stderr)
+    print(text)
     return int(any(run["wrong"] or run["lost"] for run in found))
 
 

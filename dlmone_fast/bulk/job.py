@@ -41,10 +41,20 @@ class Options:
     steps: int | None = None
     sampler: str | None = None
     temperature: float | None = None
+    field_prefix: str = ""
     seed: int = 0
     device: str = "cpu"
     dtype: str = "fp32"
     backend: str = "eager"
+
+    @property
+    def added(self) -> tuple[str, str, str]:
+        """Names of the fields that a row gets: its id, its text or texts, whether it was cut."""
+        texts = "generated" if self.num_candidates == 1 else "candidates"
+        id_name, texts_name, cut_name = (
+            self.field_prefix + name for name in ("row_id", texts, "truncated")
+        )
+        return id_name, texts_name, cut_name
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,10 @@ class Job:
         """What proves that a shard is done."""
         return self.output / f"{shard.name}.done.json"
 
+    def rejects_file(self, shard: Shard) -> Path:
+        """Rows of a shard that have no text, with the reason; not there if there are none."""
+        return self.output / f"{shard.name}.rejects.jsonl"
+
     def write(self, file: Path, chunks: Iterable[bytes]) -> None:
         """Write a file of the job's folder, whole or not at all.
 
@@ -128,7 +142,9 @@ class Job:
 
     def _check_same(self, before: Any, now: dict[str, Any]) -> None:
         changed = ["input"] if before.get("input") != now["input"] else []
-        had, has = before.get("options", {}), now["options"]
+        # A job of a version without an option had its default.
+        had = asdict(Options(model="")) | before.get("options", {})
+        has = now["options"]
         differ = [key for key, value in has.items() if had.get(key) != value]
         # What was settled for "auto" nobody typed; a model's hash tells nobody anything.
         shown = [f"{key} {had.get(key)}, not {has[key]}" for key in differ if key != "model"]

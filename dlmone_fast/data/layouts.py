@@ -70,12 +70,13 @@ def layout_source(
     pad_id: int = BERT_PAD_ID,
     cls_id: int = BERT_CLS_ID,
     source_positions: int = 0,
+    name: str = "source",
 ) -> tuple[list[int], list[int]]:
     """Lay out a source alone, for generation; every position behind it is target (mask 1).
 
     `max_source_tokens` (default seq_len // 2, or what `source_positions` hold) counts the source's
     ids with [CLS] and [SEP]; the second [SEP] comes on top. A longer source raises PromptError, or
-    loses its last tokens before [SEP] with `on_overflow="truncate"`.
+    loses its last tokens before [SEP] with `on_overflow="truncate"`. Errors call it `name`.
     """
     limit = source_limit(seq_len, max_source_tokens, source_positions)
     if on_overflow not in ("error", "truncate"):
@@ -83,7 +84,7 @@ def layout_source(
     _check_side("src_ids", src_ids, cls_id, sep_id)
     if len(src_ids) > limit and on_overflow == "error":
         raise PromptError(
-            f"source: {len(src_ids)} tokens with [CLS] and [SEP], the limit is {limit}; shorten "
+            f"{name}: {len(src_ids)} tokens with [CLS] and [SEP], the limit is {limit}; shorten "
             "it or pass on_overflow='truncate'"
         )
     ids = [*src_ids[: min(len(src_ids), limit) - 1], sep_id, sep_id]

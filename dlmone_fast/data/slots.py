@@ -13,7 +13,7 @@ Sequences are cut to the longest source among them: the network computes nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,7 @@ def sources_in_slots(
     pad_id: int,
     limit: int | None = None,
     on_overflow: str = "error",
+    named: Callable[[int], str] = "sources[{}]".format,
 ) -> tuple[Tensor, Tensor, list[bool]]:
     """Sources laid out for generation: (ids, mask) int64 [B, L], and which were cut.
 
@@ -78,6 +79,7 @@ def sources_in_slots(
         pad_id: the id that stands in the target's slots, where nothing is read.
         limit: most tokens of a source with [CLS] and [SEP]; None: what its positions hold.
         on_overflow: "error" refuses a longer source, "truncate" cuts it.
+        named: what an error calls the source at a place.
 
     Raises:
         PromptError: a source is longer than the limit.
@@ -89,8 +91,8 @@ def sources_in_slots(
         if cut[row] and on_overflow == "error":
             unit = "symbols" if sizes.source == "aligned" else "tokens"
             raise PromptError(
-                f"source: {len(source) - 2} {unit}, the limit is {limit - 2}; shorten it or pass "
-                "on_overflow='truncate'"
+                f"{named(row)}: {len(source) - 2} {unit}, the limit is {limit - 2}; shorten it or "
+                "pass on_overflow='truncate'"
             )
         kept.append([*source[: limit - 1], source[-1]] if cut[row] else source)
     ids, mask = _empty(kept, sizes)

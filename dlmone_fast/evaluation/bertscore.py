@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import BackendUnavailableError, ModelFileError, UsageError
 from dlmone_fast.files import real_path
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 
 # Tokens beyond this are cut; the usual encoders know 512 positions.
 MAX_TOKENS = 512
+
+
+def refuse_layer_alone(model_dir: str | None, layer: int | None) -> None:
+    """Refuse a hidden layer without a model that has it."""
+    if layer is not None and model_dir is None:
+        raise UsageError(
+            f"bertscore_layer: {layer} belongs to bertscore_model, and none is given; name its "
+            "folder, or leave the layer out."
+        )
 
 
 def bertscore_f1(
@@ -44,6 +54,8 @@ def bertscore_f1(
     Raises `ModelFileError` for a folder without a model, `UsageError` for a layer that it does
     not have and `BackendUnavailableError` when the extra is not installed.
     """
+    refuse_one("hypotheses", hypotheses)
+    refuse_one("references", references)
     tokenizer, model = _load(str(real_path(model_dir)), model_dir)
     layers = model.config.num_hidden_layers
     if layer is not None and not is_whole(layer, 0, layers):

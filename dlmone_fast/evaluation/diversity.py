@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.evaluation.bleu import distinct_share, pairwise_bleu, profile_tokens
 
 
@@ -15,6 +16,7 @@ def dist_1(text: str) -> float:
 
 def div_4(candidates: Sequence[str]) -> float:
     """Distinct over total 4-grams, pooled over one source's candidates; 0 when there are none."""
+    refuse_one("candidates", candidates)
     return distinct_share([text.split() for text in candidates], 4)
 
 
@@ -29,6 +31,7 @@ def self_bleu(candidates: Sequence[str]) -> float:
 
     DiffuSeq's variant: one direction of each pair only. Needs two candidates or more.
     """
+    refuse_one("candidates", candidates)
     profiles = [profile_tokens(text.split()) for text in candidates]
     return upper_triangle_mean(pairwise_bleu(profiles))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.data.rows import with_first
 from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import prove_writable, real_path, write_atomically
@@ -60,6 +61,7 @@ def read_generations(paths: Sequence[str | os.PathLike[str]]) -> GenerationSet:
     the data are kept, since published test sets have some. Raises `DataError` with file, line
     and reason for anything else than well-formed, corresponding, non-empty files.
     """
+    refuse_one("generations", paths)
     if not paths:
         raise UsageError("generations: expected at least 1 file, got 0.")
     files = [Path(path) for path in paths]
@@ -177,6 +179,9 @@ def write_generations(
     Several references of a row stand in a list `refs` beside `reference`, the first of them. The
     file appears whole or not at all; an existing one is replaced.
     """
+    refuse_one("sources", sources)
+    refuse_one("references", references)
+    refuse_one("recovered", recovered)
     lines = []
     for source, given, text in zip(sources, references, recovered, strict=True):
         known = [given] if isinstance(given, str) else list(given)

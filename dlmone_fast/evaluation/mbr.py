@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.errors import UsageError
 from dlmone_fast.evaluation.bleu import pairwise_bleu, profile_tokens
 
@@ -24,6 +25,7 @@ def select_mbr(candidates: Sequence[str]) -> int:
 
     Raises `UsageError` when there is no candidate.
     """
+    refuse_one("candidates", candidates)
     if not candidates:
         raise UsageError(
             "candidates: MBR selection needs at least 1 candidate, got 0; "

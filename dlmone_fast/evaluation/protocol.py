@@ -48,8 +48,9 @@ class CandidateModel(Protocol):
         """
         ...
 
-    def check_prompt(self, prompt: str, on_overflow: str = "error") -> None:
-        """Raise PromptError for a text that `generate_candidates` would refuse."""
+    def check_prompt(self, prompt: str, on_overflow: str = "error", name: str = "prompt") -> None:
+        """Raise PromptError, which calls it `name`, for a text that `generate_candidates` would
+        refuse."""
         ...
 
     def encode_jointly(self, source: str, target: str) -> tuple[list[int], list[int]]:

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.checks import is_whole
 from dlmone_fast.data.rows import Row, find_split, load_rows
 from dlmone_fast.errors import DataError, PromptError, UsageError
+from dlmone_fast.evaluation.bertscore import refuse_layer_alone
 from dlmone_fast.evaluation.bootstrap import DEFAULT_RESAMPLES, check_resamples
 from dlmone_fast.evaluation.generations import check_writable, read_generations, write_generations
 from dlmone_fast.evaluation.pronunciation import score_pronunciations
@@ -102,6 +104,8 @@ def evaluate_model(
     task = str(getattr(model, "task", "")) if task is None else task
     if task == g2p.TASK:
         _refuse_text_options(mbr, joint_truncation, bertscore_model, exact)
+    refuse_layer_alone(bertscore_model, bertscore_layer)
+    _check_mbr(mbr, num_candidates, "pass num_candidates=10")
     pairs = _rows(data_dir, rows, split, max_rows)
     where = "rows" if data_dir is None else str(find_split(Path(data_dir), split))
     files = _generation_files(generations_dir, seed, num_candidates)
@@ -188,6 +192,9 @@ def evaluate_generations(
     _check_range("max_rows", max_rows, 0, MAX_SEED)
     _check_range("seed", seed, 0, MAX_SEED)
     check_resamples(bootstrap)
+    refuse_layer_alone(bertscore_model, bertscore_layer)
+    refuse_one("generations", paths)
+    _check_mbr(mbr, len(paths), "name several files")
     texts = read_generations(paths)
     first = slice(max_rows or None)
     references = texts.refs[first]
@@ -297,10 +304,9 @@ def _naming_the_row(
     except PromptError:
         for row in rows:
             try:
-                model.check_prompt(row.src, on_overflow)
+                model.check_prompt(row.src, on_overflow, f"{where}, line {row.line}")
             except PromptError as error:
-                reason = str(error).removeprefix("texts[0]: ")
-                raise DataError(f"{where}, line {row.line}: {reason}") from error
+                raise DataError(str(error)) from error
         raise
 
 
@@ -318,8 +324,11 @@ def _rows(
 ) -> Sequence[Row]:
     if (data_dir is None) == (rows is None):
         raise UsageError("evaluate_model: expected one of data_dir and rows, got both or neither.")
+    if rows is not None and split != "test":
+        raise UsageError(f"split: {split!r} belongs to data_dir, and rows are given; leave it out.")
     if data_dir is not None:
         return load_rows(Path(data_dir), split, max_rows or None)
+    refuse_one("rows", rows)
     chosen = list(rows or ())[: max_rows or None]
     if not chosen:
         raise UsageError("rows: expected at least 1 row, got 0.")
@@ -342,6 +351,14 @@ def _cost(batch: CandidateBatch) -> dict[str, float | int]:
         "seconds": batch.seconds,
         "seconds_per_text": batch.seconds / sum(map(len, batch.texts)),
     }
+
+
+def _check_mbr(mbr: bool, candidates: int, way: str) -> None:
+    if mbr and candidates < 2:
+        raise UsageError(
+            f"mbr: needs candidates to choose from, and there is {candidates}; {way}, or leave it "
+            "out."
+        )
 
 
 def _check_range(name: str, value: Any, low: int, high: int) -> None:

@@ -32,7 +32,9 @@ from typing import Any
 
 import numpy as np
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.errors import UsageError
+from dlmone_fast.evaluation.bertscore import refuse_layer_alone
 from dlmone_fast.evaluation.bleu import Reference, references_of
 from dlmone_fast.evaluation.bootstrap import (
     DEFAULT_RESAMPLES,
@@ -96,6 +98,7 @@ def score_generations(
     """
     _check(sources, references, candidates)
     check_resamples(bootstrap)
+    refuse_layer_alone(bertscore_model, bertscore_layer)
     known = [references_of(reference) for reference in references]
     rows = score_rows(
         sources,
@@ -114,8 +117,11 @@ def score_generations(
 def _check(
     sources: Sequence[str], references: Sequence[Reference], candidates: Sequence[Sequence[str]]
 ) -> None:
-    if isinstance(references, str):
-        raise UsageError("references: expected a list, got one str; wrap it in a list.")
+    refuse_one("sources", sources)
+    refuse_one("references", references)
+    refuse_one("candidates", candidates)
+    for place, texts in enumerate(candidates):
+        refuse_one(f"candidates[{place}]", texts)
     counts = [len(texts) for texts in candidates]
     if not sources or not candidates or {len(references), *counts} != {len(sources)}:
         raise UsageError(

@@ -122,10 +122,17 @@ def from_pretrained(
         options: `device`, `dtype`, `backend` and the others of `load`.
 
     Raises:
-        UsageError: a hub id without `download`, or without huggingface_hub.
+        UsageError: a hub id without `download`, or without huggingface_hub; `download` or
+            `revision` for a folder.
         ModelFileError: the folder is missing, damaged or does not fit, or cannot be fetched.
     """
     if not hub.is_repository(path_or_name) or os.path.exists(path_or_name):
+        if revision is not None or download:
+            unused = "download=True" if revision is None else f"revision={revision!r}"
+            raise UsageError(
+                f"{unused}: belongs to a hub id (owner/name), and {os.fspath(path_or_name)!r} is a "
+                "folder's path; leave it out"
+            )
         return load(path_or_name, **options)
     if not download:
         raise UsageError(

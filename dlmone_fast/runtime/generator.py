@@ -11,11 +11,12 @@ from typing import Any, Literal, NoReturn, overload
 
 import torch
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.config.room import largest_source
 from dlmone_fast.data.batches import source_batch
 from dlmone_fast.data.layouts import kept_lengths
 from dlmone_fast.data.slots import absent_id, sources_in_slots
-from dlmone_fast.errors import TokenizerMissingError, UsageError
+from dlmone_fast.errors import PromptError, TokenizerMissingError, UsageError
 from dlmone_fast.evaluation.generations import clean_text
 from dlmone_fast.evaluation.mbr import select_mbr
 from dlmone_fast.evaluation.protocol import CandidateBatch
@@ -69,6 +70,7 @@ class Generator:
         options.whole_number("max_queued", max_queued, 0, options.MAX_PROMPTS)
         examples = None
         if calibration is not None:
+            options.refuse_calibration(precision)
             examples = partial(network_inputs, denoiser, settings, self._encoded(calibration))
         with_estimate = settings.kind == "teacher" and denoiser.config.self_conditioning
         request = EngineRequest(denoiser, precision, examples, with_estimate)
@@ -140,7 +142,7 @@ class Generator:
 
     def through_vocabulary(self, text: str) -> str:
         """The text as the tokenizer gives it back: what a perfect model would return."""
-        return self.tokenizer.decode_clean(self.tokenizer.encode([text])[0])
+        return self.tokenizer.decode_clean(self.tokenizer.encode([text], "text".format)[0])
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Ids as text, without special tokens."""
@@ -150,7 +152,7 @@ class Generator:
         """Ids of a pair, cut together as DiffuSeq cuts its rows: each from [CLS] to [SEP]."""
         self._executor.pool.check_open()
         sizes = self.denoiser.config
-        src, trg = self.tokenizer.encode([source, target])
+        src, trg = self.tokenizer.encode([source, target], ("source", "target").__getitem__)
         lengths = len(src) - 1, len(trg) - 1
         src_kept, trg_kept = kept_lengths(*lengths, sizes.seq_len, sizes.source_positions)
         return [*src[:src_kept], src[-1]], [*trg[:trg_kept], trg[-1]]
@@ -221,7 +223,7 @@ class Generator:
                 model's default.
             on_overflow: "error" refuses a source above the model's limit, "truncate" cuts it.
             batch_invariant: run every row alone, so that no other row can move a bit of it, in any
-                precision; costs what batching saves.
+                precision, whatever batch_size; costs what batching saves.
             return_dict: return a `GenerationOutput` instead.
             progress: show a progress bar; None: for more than one batch on a terminal.
 
@@ -234,9 +236,16 @@ class Generator:
             ForkedProcessError: it had run before this process was forked.
         """
         options.one_of("select", select, options.SELECTIONS)
+        options.whole_number("num_candidates", num_candidates, 1, options.MAX_CANDIDATES)
+        if select == "mbr" and num_candidates < 2:
+            raise UsageError(
+                "select: 'mbr' needs candidates to choose from, and num_candidates is 1; pass "
+                "num_candidates=10, or leave select out"
+            )
         # Before anything is read: a full queue refuses a large batch as fast as a small one.
         with self._executor.pool.call():
             prompts = options.prompts_of(batch)
+            named = "batch".format if isinstance(batch, str) else "batch[{}]".format
             seeds = options.seeds_of(seed, len(prompts))
             batched = self._candidates(
                 prompts,
@@ -250,6 +259,7 @@ class Generator:
                 on_overflow=on_overflow,
                 batch_invariant=batch_invariant,
                 progress=progress,
+                named=named,
             )
         chosen = [select_mbr(texts) if select == "mbr" else 0 for texts in batched.texts]
         if return_dict:
@@ -287,6 +297,7 @@ class Generator:
             ModelNotLoadedError: the model was unloaded.
         """
         self._executor.pool.check_open()
+        refuse_one("prompts", prompts, PromptError)
         options.whole_number("batch_size", batch_size, 1, options.MAX_BATCH_SIZE)
         if seed is not None:
             options.whole_number("seed", seed, 0, options.MAX_SEED)
@@ -294,21 +305,36 @@ class Generator:
             raise UsageError("return_dict: generate_iter yields answers one by one; leave it out")
         shared = {"seed": seed, "on_overflow": on_overflow, "progress": False, **call}
         generate = partial(self.generate, batch_size=batch_size, **shared)
-        check = partial(self.check_prompt, on_overflow=on_overflow)
+
+        def check(prompt: str, name: str) -> None:
+            self.check_prompt(prompt, on_overflow, name)
+
         return in_windows(prompts, batch_size, generate, check)
 
-    def check_prompt(self, prompt: str, on_overflow: str = "error") -> None:
+    def check_prompt(self, prompt: str, on_overflow: str = "error", name: str = "prompt") -> None:
         """Refuse what `generate` would refuse of one prompt, without running the network.
+
+        Args:
+            prompt: a source text.
+            on_overflow: as for `generate`.
+            name: what an error calls the prompt.
 
         Raises:
             PromptError: it is not a str, not Unicode, or too long.
             ModelNotLoadedError: the model was unloaded.
         """
         self._executor.pool.check_open()
-        prompts, limit = options.prompts_of([prompt]), self.settings.max_source_tokens
+        if not isinstance(prompt, str):
+            raise PromptError(f"{name} must be a str, got {type(prompt).__name__}")
+        limit = self.settings.max_source_tokens
+
+        def named(_: int) -> str:
+            return name
+
         if on_overflow == "error":
-            options.refuse_longest(prompts, self.tokenizer, limit)
-        self._rows(self.tokenizer.encode(prompts), limit, [0], 1, on_overflow)
+            options.refuse_longest([prompt], self.tokenizer, limit, named)
+        encoded = self.tokenizer.encode([prompt], named)
+        self._rows(encoded, limit, [0], 1, on_overflow, named)
 
     def warmup(
         self, batch_sizes: Sequence[int] = (1,), lengths: Sequence[int] | None = None
@@ -324,6 +350,7 @@ class Generator:
             ModelNotLoadedError: the model was unloaded.
         """
         self._executor.pool.check_open()
+        refuse_one("batch_sizes", batch_sizes)
         only = self.denoiser.config.seq_len
         if lengths is not None and set(lengths) != {only}:
             raise UsageError(
@@ -332,8 +359,9 @@ class Generator:
             )
         for size in batch_sizes:
             options.whole_number("batch_sizes", size, 1, options.MAX_BATCH_SIZE)
-            shortest = self.tokenizer.encode([self.tokenizer.example]) * size
-            rows, _ = self._rows(shortest, self.settings.max_source_tokens, [0] * size, 1, "error")
+            shortest = self.tokenizer.encode([self.tokenizer.example], "batch[{}]".format) * size
+            limit = self.settings.max_source_tokens
+            rows, _ = self._rows(shortest, limit, [0] * size, 1, "error", "batch[{}]".format)
             self._executor.warmup(rows, self.settings)
 
     @property
@@ -347,12 +375,15 @@ class Generator:
         self._denoiser = None
 
     def _encoded(self, texts: Sequence[str]) -> Rows:
+        refuse_one("calibration", texts, PromptError)
+        named, texts = "calibration[{}]".format, list(texts)
         rows, _ = self._rows(
-            self.tokenizer.encode(list(texts)),
+            self.tokenizer.encode(texts, named),
             self.settings.max_source_tokens,
             [0] * len(texts),
             1,
             "truncate",
+            named,
         )
         return rows
 
@@ -364,6 +395,7 @@ class Generator:
         `decode` "diffuseq" reads the decoder's arg-max instead of the nearest embedding and cuts
         nothing at [SEP], as the original's decoding and clean-up do.
         """
+        refuse_one("texts", texts, PromptError)
         with self._executor.pool.call():
             return self._candidates(texts, **call)
 
@@ -383,6 +415,7 @@ class Generator:
         progress: bool | None = None,
         encoded: Sequence[Sequence[int]] | None = None,
         decode: str = "clean",
+        named: options.Named = "texts[{}]".format,
     ) -> CandidateBatch:
         started = time.perf_counter()
         options.whole_number("num_candidates", num_candidates, 1, options.MAX_CANDIDATES)
@@ -393,12 +426,12 @@ class Generator:
         limit = self.settings.max_source_tokens
         if encoded is None:
             if on_overflow == "error":
-                options.refuse_longest(texts, self.tokenizer, limit)
-            encoded = self.tokenizer.encode(list(texts))
+                options.refuse_longest(texts, self.tokenizer, limit, named)
+            encoded = self.tokenizer.encode(list(texts), named)
         else:
             sizes = self.denoiser.config
             limit = largest_source(sizes.seq_len, sizes.source_positions, sizes.source)
-        rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow)
+        rows, truncated = self._rows(encoded, limit, seeds, num_candidates, on_overflow, named)
         size = 1 if batch_invariant else batch_size
         targets = self._targets(rows, settings, decode, size, progress)
         decoded = [self._text(target, decode) for target in targets]
@@ -446,8 +479,9 @@ class Generator:
         seeds: Sequence[int],
         n: int,
         on_overflow: str,
+        named: options.Named = "texts[{}]".format,
     ) -> tuple[Rows, list[bool]]:
-        ids, mask, truncated = self._laid_out(encoded, limit, on_overflow)
+        ids, mask, truncated = self._laid_out(encoded, limit, on_overflow, named)
         if n > 1:
             ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rows = Rows(
@@ -459,11 +493,16 @@ class Generator:
         return rows, truncated
 
     def _laid_out(
-        self, encoded: Sequence[Sequence[int]], limit: int, on_overflow: str
+        self,
+        encoded: Sequence[Sequence[int]],
+        limit: int,
+        on_overflow: str,
+        named: options.Named,
     ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
         sizes = self.denoiser.config
         if sizes.in_slots:
-            return sources_in_slots(encoded, sizes, self.tokenizer.pad_id, limit, on_overflow)
+            pad_id = self.tokenizer.pad_id
+            return sources_in_slots(encoded, sizes, pad_id, limit, on_overflow, named)
         return source_batch(
             encoded,
             sizes.seq_len,
@@ -471,6 +510,7 @@ class Generator:
             limit,
             on_overflow,  # type: ignore[arg-type]
             sizes.source_positions,
+            named,
         )
 
     def _output(

@@ -20,7 +20,7 @@ from dlmone_fast.models.folder import GENERATION_NAME, ModelFolder, load_folder
 from dlmone_fast.packaged import folder_of
 from dlmone_fast.runtime import hub
 from dlmone_fast.runtime.generator import Generator
-from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.runtime.options import GenerationSettings, refuse_calibration
 from dlmone_fast.runtime.pool import MAX_QUEUED
 from dlmone_fast.samplers.grids import timestep_grid
 from dlmone_fast.text_tokenizer import TextTokenizer
@@ -54,6 +54,8 @@ def load_model(
     """
     target = pick_device(device)
     precision = pick_precision(dtype, target)
+    if calibration is not None:
+        refuse_calibration(precision)
     path = folder_of(path)
     if hub.is_repository(path) and not os.path.lexists(complete_path(path)):
         raise ModelFileError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ MAX_SEED = (1 << 64) - 1
 SELECTIONS = ("none", "mbr")
 OVERFLOWS = ("error", "truncate")
 DECODINGS = ("clean", "diffuseq")
+Named = Callable[[int], str]
+"""A prompt's name by its place, as the caller knows it: errors use it."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,23 @@ def prompts_of(batch: str | Sequence[str]) -> list[str]:
     return list(batch)
 
 
-def refuse_longest(texts: Sequence[str], tokenizer: TextTokenizer, limit: int) -> None:
+def refuse_calibration(precision: str) -> None:
+    """Refuse calibration prompts for a precision that measures nothing."""
+    if precision != "int8":
+        raise UsageError(
+            f"calibration: belongs to int8, and the precision is {precision}; pass dtype='int8', "
+            "or leave calibration out"
+        )
+
+
+def refuse_longest(
+    texts: Sequence[str], tokenizer: TextTokenizer, limit: int, named: Named
+) -> None:
     """Refuse sources of more than `limit` ids that would take long to be tokenised first."""
     for place, text in enumerate(texts):
         if isinstance(text, str) and tokenizer.is_surely_longer(text, limit):
             raise PromptError(
-                f"texts[{place}]: more than {limit} tokens with [CLS] and [SEP], which is the "
+                f"{named(place)}: more than {limit} tokens with [CLS] and [SEP], which is the "
                 "limit; shorten it or pass on_overflow='truncate'"
             )
 

@@ -17,7 +17,7 @@ def in_windows(
     prompts: Iterable[str],
     batch_size: int,
     generate: Callable[[list[str]], Sequence[Any]],
-    check: Callable[[str], None],
+    check: Callable[[str, str], None],
 ) -> Iterator[Any]:
     """The answers of `generate` to each prompt, in the prompts' order.
 
@@ -25,7 +25,7 @@ def in_windows(
         prompts: read as answers are taken, `WINDOW_BATCHES` batches ahead.
         batch_size: prompts a batch.
         generate: prompts → their answers, in order.
-        check: raises `PromptError` for a prompt that `generate` would refuse.
+        check: raises `PromptError` for a prompt that `generate` would refuse, by a name.
     """
     source, done = iter(prompts), 0
     while window := list(islice(source, WINDOW_BATCHES * batch_size)):
@@ -43,13 +43,10 @@ def in_windows(
         done += len(window)
 
 
-def _name_the_prompt(window: list[str], done: int, check: Callable[[str], None]) -> None:
+def _name_the_prompt(window: list[str], done: int, check: Callable[[str, str], None]) -> None:
     # The error counts in the sorted window, which the caller has never seen.
     for place, prompt in enumerate(window):
-        try:
-            check(prompt)
-        except PromptError as error:
-            raise PromptError(f"prompts[{done + place}]: {error}") from None
+        check(prompt, f"prompts[{done + place}]")
 
 
 def with_progress(batches: range, progress: bool | None) -> Iterator[int]:

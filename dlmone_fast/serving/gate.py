@@ -34,6 +34,9 @@ class Gate:
                 await self.app(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
             await self._counted(scope, receive, send)
+        elif scope["type"] == "http" and scope["method"] == "HEAD":
+            # What GET answers, without its body.
+            await self.app({**scope, "method": "GET"}, receive, _without_body(send))
         else:
             await self.app(scope, receive, send)
 
@@ -98,6 +101,13 @@ class Gate:
     def _oversized(self) -> tuple[int, str]:
         limit = self.front.options.max_body
         return 413, f"body: expected at most {limit} bytes, got more; send fewer prompts a request"
+
+
+def _without_body(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        await send({**message, "body": b""} if "body" in message else message)
+
+    return sending
 
 
 def _refuse(status: int, detail: str) -> JSONResponse:

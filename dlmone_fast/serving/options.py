@@ -28,8 +28,8 @@ class ServeOptions:
 
     model: str
     """Model folder."""
-    host: Literal["127.0.0.1", "0.0.0.0", "::"] = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: every network of the machine."""
+    host: str = "127.0.0.1"
+    """Address of this machine, or its name, to listen at; 0.0.0.0: every network of it."""
     port: int = 8000
     """Port to listen at."""
     max_batch_size: int = 32

@@ -64,10 +64,12 @@ class WatchedServer(LitServer):
 
     Attributes:
         lost_http: the HTTP process ended by itself.
+        listening: bound sockets, which requests come from: LitServe knows three addresses.
     """
 
     lost_http = False
     stopping: Callable[[], bool]
+    listening: list[socket.socket]
 
     def end_queues(self) -> None:
         """End the process that holds the queues, in the place of a main process that is gone."""
@@ -78,9 +80,12 @@ class WatchedServer(LitServer):
         self, port: int, count: int, log_level: str, sockets: list[socket.socket],
         kind: str, **options: Any,
     ) -> Any:  # fmt: skip
-        started = super()._start_server(port, count, log_level, sockets, kind, **options)
+        # Those that LitServe has made are another name of the first one here.
+        for made in sockets:
+            made.close()
+        started = super()._start_server(port, count, log_level, self.listening, kind, **options)
         threading.Thread(
-            target=self._watch, args=(list(started.values()), sockets), daemon=True
+            target=self._watch, args=(list(started.values()), self.listening), daemon=True
         ).start()
         return started
 

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 import dlmone_fast
+from dlmone_fast.serving.body import JsonRoute
 from dlmone_fast.serving.front import Front
 from dlmone_fast.serving.schema import ErrorResponse, GenerateResponse, reason, request_model
 from dlmone_fast.serving.spec import PATH
@@ -17,6 +18,7 @@ _ABOUT = """One-step text generation. Prompts of different requests share networ
 depends on its prompt, seed and settings alone, and is the one that `generate` of the library gives.
 """
 _STATUSES = {
+    400: "The body is not JSON in UTF-8, or a header says that it is something else.",
     413: "The body is larger than the server accepts.",
     422: "A value is out of its bounds, or the model cannot read a prompt.",
     429: "As many requests are under way as the server accepts.",
@@ -43,8 +45,9 @@ def add_routes(app: FastAPI, front: Front) -> None:
         """Counters in Prometheus' text format."""
         return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    app.add_api_route(
+    app.router.add_api_route(
         PATH, generate, methods=["POST"], response_model=GenerateResponse,
+        route_class_override=JsonRoute,
         responses={s: {"model": ErrorResponse, "description": d} for s, d in _STATUSES.items()},
     )  # fmt: skip
     app.add_api_route("/metrics", metrics, response_class=Response)

@@ -18,6 +18,7 @@ from pydantic import (
 
 from dlmone_fast.checks import is_whole
 from dlmone_fast.config.section import shown
+from dlmone_fast.serving.body import printable
 from dlmone_fast.serving.options import ServeOptions
 
 # Those of dlmone_fast.runtime.options, which would load torch.
@@ -55,7 +56,10 @@ def request_model(options: ServeOptions, own_steps: Callable[[], int]) -> type[B
         "prompts": (_prompts(options), Field(description="A source text, or a list of them.")),
         "seed": (
             Annotated[Any, PlainValidator(_seed), _schema_of_seed()],
-            Field(0, description="One for all prompts, or a list with one a prompt."),
+            Field(
+                0,
+                description="One for all prompts, a list with one a prompt, or null: fresh ones.",
+            ),
         ),
         "steps": (
             int | None,
@@ -102,7 +106,7 @@ def reason(errors: Sequence[Any]) -> str:
     if first["type"] == "json_invalid":
         return f"body: not JSON ({first['ctx']['error']}); {_NEXT}"
     where = "".join(
-        f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"][1:]
+        f"[{part}]" if isinstance(part, int) else printable(str(part)) for part in first["loc"][1:]
     )
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     said = first["msg"].removeprefix("Value error, ")
@@ -126,10 +130,13 @@ def _prompts(options: ServeOptions) -> Any:
 
 
 def _schema_of_seed() -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [_SEED, {"type": "array", "items": _SEED}], "examples": [7]})
+    several = {"type": "array", "items": _SEED}
+    return WithJsonSchema({"anyOf": [_SEED, several, {"type": "null"}], "examples": [7]})
 
 
-def _seed(given: Any) -> int | list[int]:
+def _seed(given: Any) -> int | list[int] | None:
+    if given is None:
+        return None
     if isinstance(given, list):
         return [_whole(f"seed[{i}]", value) for i, value in enumerate(given)]
     return _whole("seed", given)
@@ -146,6 +153,11 @@ def _consistent(options: ServeOptions, own_steps: Callable[[], int]) -> Callable
         prompts, seed = len(request.prompts), request.seed
         if isinstance(seed, list) and len(seed) != prompts:
             raise ValueError(f"seed holds {len(seed)} seeds, expected one a prompt ({prompts})")
+        if request.select == "mbr" and request.num_candidates < 2:
+            raise ValueError(
+                'select "mbr" needs candidates to choose from, expected num_candidates of 2 or '
+                f"more, got {request.num_candidates}"
+            )
         steps = request.steps or own_steps()
         rows = prompts * request.num_candidates * steps
         if rows > options.max_rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import time
@@ -121,11 +122,11 @@ class Worker(LitAPI):
     def _refused(self, job: Job) -> str:
         """Why the model cannot read a job's prompts; "": it can."""
         assert self.generator is not None
-        for place, prompt in enumerate(job["prompts"]):
-            try:
-                self.generator.check_prompt(prompt, job["on_overflow"])
-            except UsageError as error:
-                return f"prompts[{place}]: {error}"
+        try:
+            for place, prompt in enumerate(job["prompts"]):
+                self.generator.check_prompt(prompt, job["on_overflow"], f"prompts[{place}]")
+        except UsageError as error:
+            return str(error)
         return ""
 
     def _generated(self, jobs: Sequence[Job], shared: tuple[Any, ...]) -> list[Answer]:
@@ -216,6 +217,8 @@ def _rows(job: Job) -> int:
 
 def _seeds(job: Job) -> list[int]:
     seed = job["seed"]
+    if seed is None:
+        return [secrets.randbits(64) for _ in job["prompts"]]
     return list(seed) if isinstance(seed, list) else [seed] * len(job["prompts"])
 
 

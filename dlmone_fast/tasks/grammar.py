@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dlmone_fast.arguments import refuse_one
 from dlmone_fast.checks import is_whole
 from dlmone_fast.errors import DataError, UsageError
 from dlmone_fast.files import write_atomically
@@ -95,6 +96,8 @@ def score(sources: Sequence[str], candidates: Sequence[Sequence[str]]) -> dict[s
     `slots_correct`; under `per_source`, the booleans `both_registers`. They are what a
     bootstrap by source draws from.
     """
+    refuse_one("sources", sources)
+    refuse_one("candidates", candidates)
     if len(sources) != len(candidates) or not sources:
         raise UsageError(
             f"candidates: expected a list of texts for each of {len(sources)} sources (at least "

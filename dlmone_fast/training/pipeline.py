@@ -171,7 +171,16 @@ def _run_phases(
 
 
 def with_teacher(config: Config, folder: ModelFolder) -> Config:
-    """The configuration with the model and diffusion of a teacher to distil."""
+    """The configuration with the model and diffusion of a teacher to distil.
+
+    Raises:
+        UsageError: the folder's model is a student.
+    """
+    if folder.config["kind"] != "teacher":
+        raise UsageError(
+            f"teacher {folder.path}: holds a {folder.config['kind']}, which is distilled already; "
+            "name the model folder of a teacher, as RUN/teacher of a training run is"
+        )
     denoiser = denoiser_from_folder(folder)
     return replace(config, model=denoiser.config, diffusion=denoiser.schedule.config)
 

@@ -437,10 +437,9 @@ def _check_words(data_dir: Path, tokenizer: AlignedTokenizer) -> None:
             continue
         for row in read_rows(path):
             try:
-                tokenizer.encode([row.src])
+                tokenizer.encode([row.src], [f"{path}, line {row.line}"].__getitem__)
             except PromptError as error:
-                reason = str(error).removeprefix("texts[0]: ")
-                raise DataError(f"{path}, line {row.line}: {reason}") from error
+                raise DataError(str(error)) from error
 
 
 def find_vocabulary(name: str, data_dir: Path) -> Path:

@@ -120,11 +120,48 @@ def test_a_damaged_gz_file_ends_the_shard_with_its_row(tmp_path: Path):
         list(read_shard(Shard(0, str(file)), "src", ""))
 
 
-def test_a_parquet_string_that_is_none_ends_the_shard_with_its_row(tmp_path: Path):
+def test_a_parquet_string_that_is_none_costs_its_own_row_alone(tmp_path: Path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "a.parquet"
     wrong = pyarrow.array([b"fine", b"caf\xe9"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"src": wrong}), file)
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read beyond row \d+"):
-        list(read_shard(Shard(0, str(file), count=2), "src", ""))
+    good, bad = read_shard(Shard(0, str(file), count=2), "src", "")
+    assert (good.source, good.reason) == ("fine", "")
+    assert (bad.reason, bad.fields) == ("'src' is no Unicode text", {"src": "caf\\xe9"})
+
+
+def test_parquet_values_that_python_cannot_hold_are_text(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    far = pyarrow.array([0, 2**62], pyarrow.timestamp("us"))
+    table = pyarrow.table({
+        "src": ["ba", "be"],
+        "seen": far,
+        "day": pyarrow.array([0, 2**31 - 1], pyarrow.date32()),
+        "took": pyarrow.array([1, 2**62], pyarrow.duration("s")),
+        "zone": far.cast(pyarrow.timestamp("us", "Nowhere/Never")),
+        "nested": pyarrow.StructArray.from_arrays([far, pyarrow.array([1, 2])], ["at", "n"]),
+        "list": pyarrow.ListArray.from_arrays([0, 1, 2], far),
+        "name": pyarrow.array([b"fine", b"caf\xe9"]).view(pyarrow.string()),
+        "fine": [1, None],
+    })  # fmt: skip
+    file = tmp_path / "a.parquet"
+    parquet.write_table(table, file)
+    good, odd = read_shard(Shard(0, str(file), count=2), "src", "")
+    assert [row.reason for row in (good, odd)] == ["", ""]
+    assert [row.source for row in (good, odd)] == ["ba", "be"]
+    assert good.fields["seen"].year == 1970
+    text = f"{2**62} (timestamp[us])"
+    assert odd.fields == {
+        "src": "be", "seen": text, "day": f"{2**31 - 1} (date32[day])",
+        "took": f"{2**62} (duration[s])", "zone": f"{2**62} (timestamp[us, tz=Nowhere/Never])",
+        "nested": {"at": text, "n": 2}, "list": [text], "name": "caf\\xe9", "fine": None,
+    }  # fmt: skip
+
+
+def test_nesting_that_could_not_be_written_again_is_a_reason(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    deep, flat = "[" * 400 + "]" * 400, "[" + "[]," * 400 + "1]"
+    file.write_text(f'{{"src": "x", "d": {deep}, "n": 1e999}}\n{{"src": "y", "d": {flat}}}\n')
+    assert [row.reason for row in rows_of(file, 100)] == ["nested too deeply", ""]

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import tiny
+import words
 
+from dlmone_fast.aligned_tokenizer import AlignedTokenizer
 from dlmone_fast.bulk.job import Job, Options
 from dlmone_fast.bulk.shards import plan_shards, read_shard
 from dlmone_fast.bulk.worker import ShardWriter, id_seed, total
@@ -86,6 +88,23 @@ def test_rejects_say_which_row_and_why(
         ("in.jsonl:7", "'src' is no string", '{"src": null, "id": "r7"}'),
         ("in.jsonl:11", "expected an object, got ['no object']", '["no object"]'),
     ]
+
+
+def test_words_that_a_model_of_words_cannot_read_are_rejects(tmp_path: Path, model: Path):
+    tokenizer = AlignedTokenizer.learn(words.pairs())
+    network = tiny.denoiser(vocab_size=tokenizer.vocab_size)
+    spoken = Generator(network, tokenizer, tiny.settings())
+    source = tmp_path / "in.jsonl"
+    rows = [{"word": "bat"}, {"word": "b4t"}, {"word": ""}, {"word": "xix", "truncated": 0}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"word": "shim"}]))
+    written = made(source, tmp_path / "out", model, spoken, 8, column="word")
+    assert [row["word"] for row in written] == ["bat", "shim"]
+    lines = (tmp_path / "out" / "part-000000.rejects.jsonl").read_text().splitlines()
+    reasons = {row["id"]: row["reason"] for row in map(json.loads, lines)}
+    assert reasons.keys() == {"in.jsonl:1", "in.jsonl:2", "in.jsonl:3"}
+    assert reasons["in.jsonl:1"].startswith("'word': '4' (digit four), character 2 of 'b4t'")
+    assert reasons["in.jsonl:2"].startswith("'word': empty")
+    assert reasons["in.jsonl:3"].startswith("has 'truncated' of its own")
 
 
 def test_parquet_types_beyond_json_are_written_as_text_and_null(

@@ -136,6 +136,63 @@ def test_refusals(
         run(monkeypatch, [model, *arguments], "ba\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"source": "ba"}', r"line 1: expected an object .*got the keys source;"),
+        ('[{"src": "ba"}]', r"line 1: begins a JSON array"),
+        ('["ba", "be"]', r"line 1: begins a JSON array"),
+        ('[\n{"src": "ba"}\n]', r"line 1: begins a JSON array"),
+        ('\n[{"src": "ba"},\n{"src": "be"}]', r"line 2: begins a JSON array"),
+        ('{\n"src": "ba"}', "line 1: not JSON"),
+        ("{'src': 'ba'}", "line 1: not JSON"),
+        ('{"src": "ba"', "line 1: not JSON"),
+        ('\n{"source": "ba"}', "line 1: blank line"),
+        ("[" * 3000, "begins a JSON array"),
+        ('{"a": ' * 3000, "nested too deeply"),
+        ('{"src": "ba", "a": ' + "[" * 300 + "]" * 300 + "}", "nested too deeply"),
+    ],
+)
+def test_json_that_has_no_sources_is_not_taken_for_text(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, message: str
+):
+    with pytest.raises(DataError, match=message):
+        run(monkeypatch, [model], content)
+    # Nor in a file, whatever it is called; who says that it is text means it.
+    for name in ("in", "in.txt", "in.jsonl"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=r"line [12]"):
+            run(monkeypatch, [model, "-i", tmp_path / name])
+    assert run(monkeypatch, [model, "--format", "text"], "[1]\n") == [
+        load_model(model).generate("[1]", seed=row_seeds(0, 1)[0])
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["[sic] ba", "{name} ba", '"ba"', "3", "null", "[UNK", "[ba] [be]", '["ba', "{ba", ""]
+)
+def test_text_with_brackets_is_text(model: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    assert len(run(monkeypatch, [model], f"{text}\nba\n")) == 2
+
+
+def test_own_fields_are_not_written_over(model: Path, monkeypatch: pytest.MonkeyPatch):
+    row = {"src": "ba", "truncated": "mine", "generated": 1, "candidates": 2}
+    content = f'{{"src": "ba"}}\n{json.dumps(row)}'
+    with pytest.raises(DataError, match=r"line 2: has 'generated' and 'truncated' .*out_"):
+        run(monkeypatch, [model], content)
+    with pytest.raises(DataError, match=r"line 2: has 'candidates' and 'truncated' "):
+        run(monkeypatch, [model, "--num-candidates", 2], content)
+    lines = run(monkeypatch, [model, "--field-prefix", "out_"], content)
+    kept = json.loads(lines[1])
+    assert {name: kept[name] for name in row} == row
+    assert isinstance(kept["out_generated"], str)
+    assert kept["out_truncated"] is False
+    with pytest.raises(DataError, match="line 1: has 'x_truncated' "):
+        run(monkeypatch, [model, "--field-prefix", "x_"], '{"src": "ba", "x_truncated": 1}')
+    with pytest.raises(UsageError, match="--field-prefix: belongs to jsonl"):
+        run(monkeypatch, [model, "--field-prefix", "x_"], "ba")
+
+
 def test_a_missing_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ModelFileError, match="no such folder"):
         run(monkeypatch, [tmp_path / "none"], "ba\n")

@@ -127,8 +127,10 @@ def test_an_empty_position_is_no_token() -> None:
 def test_long_sources_are_refused_or_cut_and_counted(kind: dict[str, Any]) -> None:
     sizes = ModelConfig(vocab_size=65, max_positions=32, **kind)
     too_long = encoded([11])
-    with pytest.raises(PromptError, match="the limit is 10"):
+    with pytest.raises(PromptError, match=r"^sources\[0\]: .*the limit is 10"):
         sources_in_slots(too_long, sizes, 0)
+    with pytest.raises(PromptError, match=r"^batch\[1\]: 11 .*the limit is"):
+        sources_in_slots([*encoded([2]), *too_long], sizes, 0, named="batch[{}]".format)
     ids, _, cut = sources_in_slots([*too_long, *encoded([2])], sizes, 0, on_overflow="truncate")
     assert cut == [True, False]
     assert ids.shape[1] == sizes.seq_len

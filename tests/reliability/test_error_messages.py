@@ -186,7 +186,12 @@ def _no_queues_left(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(processes, "make_server", lambda *_: SimpleNamespace(run=run))
     options = ServeOptions(str(folder))
-    server._run(options, server._Stop(os.getpid()))
+    listening = server.bound_sockets("127.0.0.1", 0)
+    try:
+        server._run(options, server._Stop(os.getpid()), listening)
+    finally:
+        for socket in listening:
+            socket.close()
 
 
 TABLE: dict[str, list[Way]] = {
@@ -208,9 +213,9 @@ TABLE: dict[str, list[Way]] = {
     ],
     "PromptError": [
         Way(_asked(["ba", 3]), "got int", "batch[1]", "must be a str"),
-        Way(_asked(["ba", "x" * 20_001]), "20001 characters", "texts[1]", "shorten the text"),
-        Way(_asked(["\ud800"]), "lone surrogate", "texts[0]", "decode the input as UTF-8"),
-        Way(_asked(["ba " * 30]), "the limit is 8", "source", "shorten"),
+        Way(_asked(["ba", "x" * 20_001]), "20001 characters", "batch[1]", "shorten the text"),
+        Way(_asked(["\ud800"]), "lone surrogate", "batch[0]", "decode the input as UTF-8"),
+        Way(_asked(["ba " * 30]), "the limit is 8", "batch[0]", "shorten"),
     ],
     "BackendUnavailableError": [
         Way(_forced, "cannot run", "nearest_token", "Available here: "),
@@ -321,7 +326,14 @@ def test_a_command_ends_with_the_message_and_the_documented_code(name: str) -> N
 
 # Messages made elsewhere: by a function that is read as well, or around another error's message.
 MADE_BY = {"unreadable", "unwritable", "_unknown", "_refusal"}
-AROUND = ("{error}", "{reason}", "{problem}", "{_near(text, error)}", "{_near_line(before, -1)}")
+AROUND = (
+    "{error}",
+    "{reason}",
+    "{problem}",
+    "{clash}",
+    "{_near(text, error)}",
+    "{_near_line(before, -1)}",
+)
 # Whose way out the loop adds, see the table.
 UNFINISHED = {"DivergedError"}
 FILES = {"CheckpointError", "DataError", "ModelFileError", "error"}

@@ -86,7 +86,7 @@ def test_overflow_is_an_error_or_a_cut(student: Generator):
     long = " ".join(tiny.WORDS[:12])
     with pytest.raises(PromptError, match="14 tokens"):
         student.generate(long)
-    with pytest.raises(PromptError, match=r"texts\[1\]: more than 8 tokens .*'truncate'"):
+    with pytest.raises(PromptError, match=r"batch\[1\]: more than 8 tokens .*'truncate'"):
         student.generate(["ba", "ba " * 1000])
     cut = " ".join(tiny.WORDS[: tiny.MAX_SOURCE_TOKENS - 2])
     assert student.generate(long, on_overflow="truncate") == student.generate(cut)

@@ -89,7 +89,7 @@ def test_a_model_of_words_answers_probes_and_names_bad_words(worker: Worker):
     bad = {**DEFAULTS, "prompts": ["bat", "b4t"]}
     probed, good, refused = worker.predict([PROBE, {**DEFAULTS, "prompts": ["bat"]}, bad])
     assert (probed["status"], good["status"], refused["status"]) == (200, 200, 422)
-    assert refused["detail"].startswith("prompts[1]: texts[0]: '4' (digit four)")
+    assert refused["detail"].startswith("prompts[1]: '4' (digit four)")
 
 
 def test_settings_that_the_model_refuses_are_no_defect(worker: Worker):

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from dlmone_fast.runtime.options import GenerationSettings
+from dlmone_fast.serving.body import printable
 from dlmone_fast.serving.options import ServeOptions
 from dlmone_fast.serving.schema import reason, request_model
 from dlmone_fast.serving.workers import Workers
@@ -38,6 +39,16 @@ def test_rows_are_bounded_with_the_model_s_own_steps():
         "most 100, the server's --max-rows; correct the request"
     )
     assert "is 101, expected" in refusal(workers, steps=101)
+
+
+def test_a_name_that_is_no_unicode_and_a_value_nested_deeply_can_be_told():
+    said = refusal(Workers(), **{"x" * 100: 1})
+    assert said.startswith("x" * 80 + "…: Extra inputs")
+    assert printable("\ud800") == "\\ud800"
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    assert "a value that is nested too deeply" in refusal(Workers(), seed=deep)
 
 
 @pytest.mark.parametrize("value", [None, 0, 0.5, 10])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from served import Server, gone, until
+from served import Server, free_port, gone, until
 
-from dlmone_fast.errors import EXIT_MODEL, EXIT_PROCESS_LOST, EXIT_USAGE
+from dlmone_fast.errors import EXIT_MODEL, EXIT_PROCESS_LOST, EXIT_USAGE, UsageError
+from dlmone_fast.serving.server import bound_sockets
 
 pytestmark = pytest.mark.loopback
 TIMEOUT_S = 4.0
@@ -96,10 +98,11 @@ def test_no_answer_is_lost_or_swapped_among_many_clients(server: Server):
         ({"prompts": "ba", "select": "best"}, "select: Input should be 'none' or 'mbr'"),
         ({"prompts": "ba", "sampler": "ddim"}, "sampler: Extra inputs are not permitted"),
         ({"prompts": ["ba"] * 32, "num_candidates": 16}, "is 512, expected at most 256"),
+        ({"prompts": "ba", "select": "mbr"}, "needs candidates to choose from, expected num_cand"),
         ({"seed": 1}, "prompts: Field required"),
         ({"prompts": ["ba", "\ud800"]}, "prompts[1]: Input should be a valid string"),
-        ({"prompts": ["ba", "ba " * 30]}, "prompts[1]: source: 32 tokens"),
-        ({"prompts": ["ba" * 150]}, "prompts[0]: texts[0]: 300 characters, the limit is 200"),
+        ({"prompts": ["ba", "ba " * 30]}, "prompts[1]: 32 tokens"),
+        ({"prompts": ["ba" * 150]}, "prompts[0]: 300 characters, the limit is 200"),
     ],
 )
 def test_a_bad_value_is_named_with_the_way_out(server: Server, fields: dict, said: str):
@@ -115,6 +118,106 @@ def test_what_is_not_json_is_refused(server: Server):
         status, _, said = server.post(body)
         assert status in (400, 422), said
         assert json.loads(said)["detail"]
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "said"),
+    [
+        (b'{"prompts": "caf\xe9"}', _JSON, "body: not UTF-8 (invalid continuation byte at"),
+        ('{"prompts": "ba"}'.encode("utf-16"), _JSON, "body: not UTF-8"),
+        (b"[" * 15000, _JSON, "body: nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", _JSON, "seed: expected a number"),
+        (b'{"seed": [1, -' + b"9" * 5000 + b"]}", _JSON, "seed[1]: expected a number"),
+        (b'{"steps": ' + b"9" * 5000 + b"}", _JSON, "steps: expected a number"),
+        (b"9" * 5000, _JSON, "body: expected a number"),
+        (b'{"prompts": "ba"}', {}, "Content-Type: expected application/json, and the header is mi"),
+        (b'{"prompts": "ba"}', {"Content-Type": "text/plain"}, "Content-Type: expected applicatio"),
+        (b'{"prompts": "ba"}', {"Content-Type": "application/json; charset=latin-1"},
+         "Content-Type: expected the charset utf-8, got 'latin-1'"),
+        (gzip.compress(b'{"prompts": "ba"}'), {**_JSON, "Content-Encoding": "gzip"},
+         "Content-Encoding: expected none"),
+        (gzip.compress(b'{"prompts": "ba"}'), _JSON, "body: not UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_400_with_the_header_or_field(
+    server: Server, body: bytes, headers: dict[str, str], said: str
+):
+    before = server.metric('dlmone_requests_total{status="400"}')
+    status, _, answer = server.send("POST", "/generate", body, headers)
+    detail = json.loads(answer)["detail"]
+    assert (status, detail[: len(said)]) == (400, said)
+    assert detail.endswith("; send JSON in UTF-8 with Content-Type: application/json")
+    assert server.metric('dlmone_requests_total{status="400"}') == before + 1
+
+
+def test_json_may_be_marked_as_unicode_and_as_a_kind_of_json(server: Server):
+    expected = (200, {"texts": [tiny.generator().generate("ba")]})
+    body = b'\xef\xbb\xbf{"prompts": "ba"}'
+    for kind in ("application/json; charset=UTF-8", "application/x+json", "Application/JSON"):
+        headers = {"Content-Type": kind, "Content-Encoding": "identity"}
+        status, _, answer = server.send("POST", "/generate", body, headers)
+        assert (status, json.loads(answer)) == expected
+
+
+def test_a_seed_of_null_is_a_fresh_one(server: Server):
+    answers = [server.ask(["ba be bi bo"] * 4, seed=None) for _ in range(4)]
+    assert {status for status, _ in answers} == {200}
+    assert len({text for _, answer in answers for text in answer["texts"]}) > 1
+
+
+def test_head_is_get_without_a_body(server: Server):
+    for path in ("/health", "/metrics", "/openapi.json", "/docs"):
+        status, headers, body = server.send("HEAD", path)
+        assert (status, body) == (200, "")
+        assert headers.get("content-type") == server.send("GET", path)[1].get("content-type")
+    assert server.send("HEAD", "/generate")[0] == 405
+    assert server.send("HEAD", "/nowhere")[0] == 404
+
+
+def test_a_name_stands_for_every_address_of_it(model: Path, start: Callable[..., Server]):
+    server = start("--model", str(model), "--host", "localhost").wait()
+    found = socket.getaddrinfo("localhost", server.port, type=socket.SOCK_STREAM)
+    for family, _, _, _, address in found:
+        with socket.socket(family) as client:
+            assert client.connect_ex(address) == 0
+    assert_stops_gracefully(server)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0.0.0.0", "::1"])
+def test_any_address_of_the_machine_is_listened_at(host: str):
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        (made,) = bound_sockets(host, free_port())
+    except UsageError:
+        assert host == "::1"
+        pytest.skip("no IPv6 here")
+    with made:
+        assert made.getsockname()[0] == host
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "", "no-such-host.invalid", "a" * 100, "a\0b"])
+def test_a_host_that_is_not_this_machine_s_is_named(host: str):
+    with pytest.raises(UsageError, match=r"^--host .*; (name one of its own|the default is)"):
+        bound_sockets(host, free_port())
+
+
+def test_a_port_that_is_taken_at_one_address_of_a_name_leaves_nothing_bound(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    free, port = free_port(), free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        addresses = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", p)) for p in (free, port)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+        with pytest.raises(UsageError, match=f"--port {port}: localhost cannot be listened at"):
+            bound_sockets("localhost", port)
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", free))
 
 
 def test_a_body_that_is_too_large_is_refused_with_and_without_a_length(server: Server):
@@ -175,7 +278,7 @@ def test_metrics_count_what_happened(server: Server):
 def test_openapi_describes_requests_bounds_and_statuses(server: Server):
     described = json.loads(server.get("/openapi.json")[1])
     route = described["paths"]["/generate"]["post"]
-    assert {"200", "413", "422", "429", "500", "503", "504"} <= route["responses"].keys()
+    assert {"200", "400", "413", "422", "429", "500", "503", "504"} <= route["responses"].keys()
     schema = described["components"]["schemas"]["GenerateRequest"]
     assert schema["properties"]["num_candidates"]["maximum"] == 16
     assert schema["properties"]["prompts"]["anyOf"][1]["maxItems"] == 32

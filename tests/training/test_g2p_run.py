@@ -144,10 +144,12 @@ def test_a_bad_word_of_a_split_is_named_in_evaluation(spoken: RunResult, tmp_pat
 
 @pytest.mark.parametrize("bad", ["", "b4t", "bat!", "zebra", "two words"])
 def test_generate_names_the_prompt(model: Generator, bad: str) -> None:
-    with pytest.raises(PromptError, match=r"texts\[1\]: "):
+    with pytest.raises(PromptError, match=r"^batch\[1\]: "):
         model.generate(["bat", bad])
-    with pytest.raises(PromptError):
+    with pytest.raises(PromptError, match=r"^prompt: "):
         model.check_prompt(bad)
+    with pytest.raises(PromptError, match=r"^text: "):
+        model.normalize_text(bad)
 
 
 def test_sample_names_the_line_and_writes_nothing(spoken: RunResult, tmp_path: Path) -> None:
@@ -168,6 +170,14 @@ def test_sample_writes_ipa(spoken: RunResult, tmp_path: Path) -> None:
     assert sample.main([*arguments, "--num-candidates", "2"]) == 0
     for row in _lines(output):
         assert row["ipa"] == [to_ipa(text, keep_unknown=True) for text in row["candidates"]]
+    row = {"src": "bat", "ipa": "mine"}
+    source.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"line 1: has 'ipa' of its own"):
+        sample.main(arguments)
+    assert sample.main([*arguments, "--field-prefix", "x_"]) == 0
+    (kept,) = _lines(output)
+    assert kept["x_ipa"] == to_ipa(kept["x_generated"], keep_unknown=True)
+    assert kept == {**row, **{name: kept[name] for name in ("x_ipa", "x_generated", "x_truncated")}}
     plain = tmp_path / "out.txt"
     source = tmp_path / "in.txt"
     source.write_text("bat\n")
@@ -195,9 +205,9 @@ def test_bulk_counts_words_that_cannot_be_read(
     assert [row["src"] for row in written] == ["bat", "xix"]
     rejects = _lines(tmp_path / "out" / "part-000000.rejects.jsonl")
     assert [reason.split(",")[0] for reason in (row["reason"] for row in rejects)] == [
-        "'4' (digit four)",
-        "empty; expected a word",
-        "'z' (latin small letter z)",
+        "'src': '4' (digit four)",
+        "'src': empty; expected a word",
+        "'src': 'z' (latin small letter z)",
     ]
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dlmone_fast.cli import run_command
 from dlmone_fast.kernels.dispatch import OPERATIONS
 from dlmone_fast.kernels.triton.support import Build
 
@@ -247,4 +248,4 @@ def _line(usage: Usage) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

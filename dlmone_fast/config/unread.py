@@ -1,0 +1,78 @@
+"""Keys that were set and that nothing reads, because another key leads past them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+
+from dlmone_fast.config.presets import PRESETS
+from dlmone_fast.config.schema import Config
+from dlmone_fast.config.section import shown
+from dlmone_fast.errors import ConfigError
+
+# Keys, whether they are read, and what would read them.
+_READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (
+        ("data.vocab_file", "data.lowercase", "data.strip_accents"),
+        lambda c: not c.is_grammar,
+        "text of your own: a grammar has its own words; name data.task = 'custom' with --data-dir",
+    ),
+    (
+        ("data.vocab_size",),
+        lambda c: not (c.is_grammar or c.data.vocab_file),
+        "a vocabulary that is learnt: name data.task = 'custom' and no data.vocab_file",
+    ),
+    (
+        ("data.vocab_size", "data.strip_accents"),
+        lambda c: c.data.tokenizer == "wordpiece",
+        "data.tokenizer = 'wordpiece': an aligned one learns its letters and labels",
+    ),
+    (
+        ("data.train_rows",),
+        lambda c: c.is_grammar,
+        "the generated grammars: shorten train.jsonl instead",
+    ),
+    (
+        ("teacher.log_snr_offset", "teacher.log_snr_scale", "teacher.log_snr_uniform_share"),
+        lambda c: c.teacher.timestep_sampler == "log-snr",
+        "teacher.timestep_sampler = 'log-snr'",
+    ),
+    (
+        ("teacher.self_conditioning_share",),
+        lambda c: c.model.self_conditioning,
+        "model.self_conditioning = true",
+    ),
+    (
+        tuple(
+            f"distill.pairs.{name}"
+            for name in ("targets", "per_source", "sampler", "steps", "temperature", "batch_size")
+        ),
+        lambda c: c.distill.pairs.count > 0,
+        "distill.pairs.count above 0",
+    ),
+    (
+        ("distill.pairs.sampler", "distill.pairs.steps", "distill.pairs.temperature"),
+        lambda c: c.distill.pairs.targets == "teacher",
+        "distill.pairs.targets = 'teacher'",
+    ),
+)
+
+
+def refuse_unread(config: Config) -> None:
+    """Refuse a key that was set, differently from its preset and its default, for nothing.
+
+    Raises:
+        ConfigError: with the key, its value, and what would read it.
+    """
+    preset, plain = PRESETS[config.preset], Config()
+    for keys, is_read, reader in _READ:
+        if is_read(config):
+            continue
+        for key in keys:
+            get = attrgetter(key)
+            value = get(config)
+            if value not in (get(preset), get(plain)):
+                raise ConfigError(
+                    f"{key} is {shown(value)}, and nothing reads it here: it belongs to {reader}; "
+                    "or leave it out"
+                )
