@@ -65,4 +65,6 @@ class DistillationConfig(Section):
                 f"a source; got {self.samples}"
             )
         if len(set(self.model)) != len(self.model):
-            raise ConfigError("model: a folder is named twice, which would count its vote twice")
+            raise ConfigError(
+                "model: a folder is named twice, which would count its vote twice; name each once"
+            )

@@ -153,7 +153,8 @@ def _check_frame(content: Mapping[str, Any], where: Path) -> None:
         )
     if content.get("tokens") not in _TOKENS:
         raise ModelFileError(
-            f"{where}: tokens must be {' or '.join(_TOKENS)}, got {content.get('tokens')!r:.40}"
+            f"{where}: tokens must be {' or '.join(_TOKENS)}, got {content.get('tokens')!r:.40}; "
+            "copy the folder again from its source"
         )
     for name in ("model", "source"):
         if not isinstance(content.get(name), dict):

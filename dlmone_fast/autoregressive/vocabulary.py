@@ -193,7 +193,9 @@ class Symbols(Vocabulary):
         if not isinstance(text, str):
             raise PromptError(f"{name}: expected str, got {type(text).__name__}")
         if len(text) > _MAX_CHARS:
-            raise PromptError(f"{name}: {len(text)} characters, the limit is {_MAX_CHARS}")
+            raise PromptError(
+                f"{name}: {len(text)} characters, the limit is {_MAX_CHARS}; shorten it"
+            )
         text = text.strip()
         text = text.lower() if self.lowercase else text
         if not text:
@@ -286,4 +288,4 @@ def _check_entries(name: str, entries: Sequence[str]) -> None:
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
         raise ModelFileError(f"{name}: expected one or more non-empty strings")
     if len(set(entries)) != len(entries):
-        raise ModelFileError(f"{name}: an entry stands there twice")
+        raise ModelFileError(f"{name}: an entry stands there twice; keep one")
