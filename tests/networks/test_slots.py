@@ -10,7 +10,7 @@ import torch
 
 from dlmone_fast.config import ModelConfig
 from dlmone_fast.data.slots import absent_id, at_full_length, sources_in_slots, trimmed
-from dlmone_fast.errors import ConfigError, PromptError
+from dlmone_fast.errors import BackendUnavailableError, ConfigError, PromptError
 from dlmone_fast.kernels.noise import Stream, normal
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.networks import ScoreEstimator
@@ -78,6 +78,12 @@ def test_engines_compute_what_the_network_does(
         with torch.inference_mode():
             expected, result = model(x, t), runner.predict(x, t)
         torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["masked", "aligned", "windowed"])
+def test_graphs_of_one_length_say_why_they_cannot(kind: dict[str, Any]) -> None:
+    with pytest.raises(BackendUnavailableError, match="this model's sources are in slots"):
+        make_engine("graph", EngineRequest(tiny.denoiser(**kind), "fp32"))
 
 
 def test_what_bf16_training_computes_is_what_attention_is() -> None:

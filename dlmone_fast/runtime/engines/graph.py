@@ -217,6 +217,8 @@ def why_not_graph(denoiser: Denoiser, precision: str) -> str | None:
     """None, or why a model's generation cannot run as CUDA graphs here."""
     if precision not in DTYPES:
         return f"it has no {precision}"
+    if denoiser.config.in_slots:
+        return "its recordings have one length, and this model's sources are in slots"
     table = denoiser.embedding
     if not torch.cuda.is_available():
         return "there is no CUDA device here"
