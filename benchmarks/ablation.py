@@ -123,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config(options: argparse.Namespace, case: Overrides, root: Path, seed: int) -> Config:
-    run = {"output_dir": str(root), "data_dir": options.data_dir, "seed": seed}
+    run = {"output_dir": str(root), "seed": seed}
     if options.task == "qqp":
-        return resolve("qqp-small", **merge(_QQP, case, run))
+        return resolve("qqp-small", **merge(_QQP, case, {**run, "data_dir": options.data_dir}))
     if options.task == "student":
         return resolve("grammar", **merge(case, run))
     steps = {"teacher": {"steps": _GRAMMAR_STEPS, "validate_every": _GRAMMAR_STEPS}}

@@ -7,6 +7,7 @@ folders and checkpoints prove themselves by their manifests.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -121,13 +122,15 @@ def check_free(root: Path) -> None:
 
     Raises:
         UsageError: naming the first of them.
+        CheckpointError: a folder of the run cannot be written to.
     """
     for name in ("checkpoints", "cache", "tensorboard", *(f"checkpoints/{p}" for p in PHASES)):
         folder = root / name
         if os.path.lexists(folder) and not os.path.isdir(folder):
             raise UsageError(f"{folder}: is no folder, and the run keeps files in it; {_ELSEWHERE}")
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"{folder}: this user cannot write to it; correct that, or {_OTHER}")
+            refusal = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise CheckpointError(unwritable(folder, refusal))
     for phase in MODEL_FOLDERS:
         folder = root / phase
         if not os.path.lexists(folder) or os.path.isfile(folder / MANIFEST_NAME):

@@ -29,7 +29,8 @@ FUNCTIONS = {
 # What imports by a name; files that may compute it, all of them from names of this package.
 IMPORTERS = ("importlib.import_module", "importlib.__import__")
 COMPUTED = {
-    "dlmone_fast/__init__.py", "dlmone_fast/doctor.py", "dlmone_fast/kernels/native.py",
+    "dlmone_fast/__init__.py", "dlmone_fast/autoregressive/__init__.py", "dlmone_fast/doctor.py",
+    "dlmone_fast/kernels/native.py",
     "dlmone_fast/kernels/triton/aot.py",
 }  # fmt: skip
 # numpy.load unpickles only where it is told to.

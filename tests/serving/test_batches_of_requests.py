@@ -38,10 +38,12 @@ def worker() -> Worker:
 def jobs(count: int) -> list[dict[str, Any]]:
     """All kinds of settings, in turns, over different prompts."""
     kinds = itertools.cycle(
-        itertools.product((None, 2), (None, 0.5), (1, 3), ("none", "mbr"), ("error", "truncate"))
+        itertools.product(
+            (None, 2), (None, 0.5), ((1, "none"), (3, "none"), (3, "mbr")), ("error", "truncate")
+        )
     )
     texts, found = iter(tiny.prompts(3 * count)), []
-    for i, (steps, temperature, candidates, select, overflow) in zip(
+    for i, (steps, temperature, (candidates, select), overflow) in zip(
         range(count), kinds, strict=False
     ):
         prompts = [next(texts) for _ in range(i % 3 + 1)]
@@ -70,7 +72,7 @@ def test_a_bad_prompt_is_its_own_job_s_trouble(worker: Worker):
     good, bad = worker.predict(asked)
     assert good["texts"] == [tiny.generator().generate("ba")]
     assert bad["status"] == 422
-    assert bad["detail"].startswith("prompts[1]: source: 32 tokens")
+    assert bad["detail"].startswith("prompts[1]: 32 tokens")
 
 
 def test_a_probe_is_in_no_count_of_rows(worker: Worker):

@@ -191,13 +191,21 @@ def test_pairs_interrupted_after_any_update_are_the_uninterrupted_ones(
 
 
 def test_finished_pairs_are_not_made_again_and_no_model_is_published(
-    whole: Workspace, finished: RunResult, monkeypatch: pytest.MonkeyPatch
+    whole: Workspace, finished: RunResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(PairsPhase, "update", lambda *_: pytest.fail("made again"))
     result = run(whole.config, "pairs", teacher=finished.root / "teacher")
     assert result.student is None
     assert not (whole.root / "pairs").exists()
-    other = finished.root / "stage1"
+    given = load_folder(finished.root / "teacher")
+    assert given.tokenizer_path is not None
+    other = save_folder(
+        tmp_path / "other",
+        config=given.config,
+        tensors={name: 2 * tensor for name, tensor in given.tensors.items()},
+        tokenizer_json=given.tokenizer_path.read_text(encoding="utf-8"),
+        generation_config=given.generation_config,
+    )
     with pytest.raises(ConfigError, match=r"step-00000004: was made from another teacher"):
         run(whole.config, "pairs", teacher=other)
 
