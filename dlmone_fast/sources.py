@@ -87,7 +87,7 @@ def is_jsonl(
 
 
 def _json_kind(line: bytes) -> str:
-    """What a line is or begins: an "object" or an "array" of JSON, or "": text."""
+    """The kind of a line, or of what it begins: a JSON "object" or "array", or "": text."""
     text = line.decode("utf-8-sig", "replace").strip()
     try:
         value = json.loads(text)

@@ -14,7 +14,7 @@ from dlmone_fast.cli import parse, run_command
 @dataclass(frozen=True)
 class Args:
     name: Annotated[str, Positional]
-    """Which one: minilm-l6."""
+    """The start to unpack: minilm-l6."""
     folder: Annotated[str, Positional]
     """Folder to write; name it with --start-from afterwards."""
 

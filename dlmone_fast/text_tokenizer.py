@@ -211,7 +211,7 @@ def parsed_json(text: str) -> Any:
 
 
 def named(path: Path, build: Callable[[], Built]) -> Built:
-    """What `build` gives; a ModelFileError of it names the file."""
+    """The result of `build`; its ModelFileError names the file."""
     try:
         return build()
     except ModelFileError as error:

@@ -114,7 +114,7 @@ def _plan(config: Config, teacher: str) -> str:
 
 
 def _fidelity_lines(config: Config, tokenizer: TextTokenizer | None) -> list[str]:
-    """What the tokenizer loses of each split, where there is data to read."""
+    """A line a split that counts what the tokenizer loses, where there is data to read."""
     if config.is_grammar or not config.data_dir:
         return []
     from dlmone_fast.data.fidelity import split_fidelity

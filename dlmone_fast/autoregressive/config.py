@@ -168,4 +168,4 @@ FREE_KEYS = frozenset(
         "max_bad_steps", "start_from",
     }
 )  # fmt: skip
-"""What may differ between two starts of one run; data and start are compared by their hashes."""
+"""Settings that may differ between two starts of one run; data and start are compared by hash."""

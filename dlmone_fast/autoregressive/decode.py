@@ -32,8 +32,11 @@ class Marks:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: from scores divided by `temperature`, of the `top_k` most likely (0:
-    all) the fewest that have `top_p` of the probability."""
+    """Settings of one token's draw.
+
+    Scores are divided by `temperature`; of the `top_k` most likely tokens (0: all) the fewest that
+    have `top_p` of the probability are drawn from.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -42,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Written:
-    """What was generated for a row."""
+    """The generated tokens of a row."""
 
     ids: list[int]
     """Without marks."""

@@ -12,7 +12,7 @@ from dlmone_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class DistillationConfig(Section):
-    """What a distilled training folder is made from, and how."""
+    """The sources, models and settings that make a distilled training folder."""
 
     data_dir: str = ""
     """Folder with {train,valid,test}.jsonl[.gz]: the sources of train get new targets, valid and

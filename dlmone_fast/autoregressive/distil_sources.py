@@ -78,5 +78,5 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _same(text: str) -> str:
-    """What is equal for sources that differ in case and white space alone."""
+    """A key that sources share if they differ in case and white space alone."""
     return " ".join(text.split()).casefold()

@@ -59,7 +59,7 @@ class StoredModel:
     model: EncoderDecoder
     vocabulary: Vocabulary
     source: dict[str, Any]
-    """What the model was trained on and how far, as the training wrote it."""
+    """The training's own record: its data, settings and progress."""
     sha256: str
     """Of the manifest, and so of everything in the folder."""
 

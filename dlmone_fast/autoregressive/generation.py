@@ -43,7 +43,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Method:
-    """How texts are found; see `Autoregressive.generate`."""
+    """A decoding method and its settings; see `Autoregressive.generate`."""
 
     name: str = "greedy"
     num_candidates: int = 1

@@ -1,4 +1,4 @@
-"""What a training tells: records in metrics.jsonl, and a line a while on stderr."""
+"""The log of a training: records in metrics.jsonl, and now and then a line on stderr."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from dlmone_fast.autoregressive.layers import (
 
 @dataclass
 class DecodingState:
-    """What the decoder keeps of the tokens so far, and of the source."""
+    """The decoder's keys and values of the tokens so far, and of the source."""
 
     written: list[KeysValues]
     """Of each layer, [B, N, positions, D]; filled up to the tokens so far."""

@@ -24,7 +24,7 @@ from dlmone_fast.training.workspace import find_vocabulary
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training reads."""
+    """The data of a training."""
 
     config: TrainingConfig
     """With the sizes that vocabulary and start decide."""

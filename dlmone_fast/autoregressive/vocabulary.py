@@ -76,7 +76,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def normal_source(self, text: str) -> str:
-        """What a text of the target's side would be if it copied this source; empty: it cannot."""
+        """The text of the target's side that copies this source; empty: there is none."""
 
     @abstractmethod
     def file_text(self) -> str:
@@ -120,7 +120,7 @@ class Symbols(Vocabulary):
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: Path) -> Symbols:
-        """What `file_text` wrote; raises ModelFileError."""
+        """The vocabulary that `file_text` wrote; raises ModelFileError."""
         kinds = {"characters": list, "symbols": list, "lowercase": bool}
         if set(content) != set(kinds) or any(
             type(content[name]) is not kind for name, kind in kinds.items()

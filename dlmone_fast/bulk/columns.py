@@ -1,4 +1,4 @@
-"""What an input's rows are called, checked before a job begins."""
+"""Names of an input's columns, checked before a job begins."""
 
 from __future__ import annotations
 

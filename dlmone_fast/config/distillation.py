@@ -124,8 +124,8 @@ class PairsConfig(Section):
     count: int = 0
     """Pairs of a source row and a noise; 0: none."""
     targets: str = "teacher"
-    """Where y comes from: the teacher's sampler, or data: the training targets, whatever z is. The
-    latter makes the control of a distillation: a one-pass model on the same texts."""
+    """Source of y. teacher: its sampler's text from the same z; data: the training target, whatever
+    z is, which makes the control of a distillation: a one-pass model on the same texts."""
     per_source: int = 4
     """Noises for each source row; rows follow a seeded order over the training split."""
     sampler: str = "ddim"

@@ -213,7 +213,7 @@ class BatchStream:
 
 
 def lengths_for(cache: TokenCache, sizes: ModelConfig) -> IntArray | None:
-    """What rows are put together by: source lengths where batches are cut to them, else None."""
+    """Source lengths, by which rows share a batch where batches are cut to them; else None."""
     return source_lengths(cache) if sizes.in_slots else None
 
 

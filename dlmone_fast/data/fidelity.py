@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text: letters that it does not give back, and tokens it writes [UNK].
+"""Counts of a tokenizer's losses: letters that it does not give back, and tokens it writes [UNK].
 
 Counted on the user's own rows by the round trip itself, decode(encode(text)): a vocabulary that
 strips vowel signs, or lacks half of an alphabet, trains without any other sign of it.

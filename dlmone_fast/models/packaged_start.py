@@ -22,7 +22,7 @@ class Packaged:
     archive: str
     sha256: str
     files: tuple[str, ...]
-    """What is unpacked, all from the archive's top."""
+    """The files to unpack, all from the archive's top."""
     card: str
 
 

@@ -92,8 +92,8 @@ class Backbone(nn.Module):
         return (self.output_norm(h) if self.config.norm == "pre" else h), residual
 
     def enter(self, x_t: Tensor, estimate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What the blocks read [B, L', H], without positions and time, and which of it is attended
-        to, bool [B, L']; None: everything."""
+        """The blocks' input [B, L', H] before positions and time are added, and a mask of the
+        positions that are attended to, bool [B, L']; None: all."""
         if self.config.source == "aligned":
             slots = x_t.shape[1] // 2
             source = x_t[:, slots:]
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         return projected, attended
 
     def positions(self) -> Tensor:
-        """What is added to every position: [positions, H]."""
+        """The vector added to each position: [positions, H]."""
         if self.config.source != "masked":
             return self.position.weight
         slots, source = self.config.target_slots, self.config.source_positions

@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a user's rows: letters kept by default, and every loss counted."""
+"""A tokenizer's losses on a user's rows: letters are kept by default, and every loss is counted."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dlmone_fast.kernels import native
 
 NORMAL_NS = 4.3
-"""What a normal number takes in C++ on one thread: measured on AVX-512 at 2.5 GHz."""
+"""Time of one normal number in C++ on one thread, measured on AVX-512 at 2.5 GHz."""
 
 
 def normal(draws: Tensor, stream: int, positions: int, channels: int, path: str = "") -> Tensor:
