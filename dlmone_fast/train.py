@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 import warnings
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from dlmone_fast.text_tokenizer import TextTokenizer
 
 PROG = "python -m dlmone_fast.train"
+# The short spelling of one key.
+_START = re.compile(r"^--start[-_]from(?==|$)")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Arguments:
 def main(args: list[str] | None = None) -> None:
     """Run the command."""
     started = time.monotonic()
-    args = sys.argv[1:] if args is None else args
+    args = [
+        _START.sub("--model.start-from", arg) for arg in (sys.argv[1:] if args is None else args)
+    ]
     arguments = _arguments(args)
     config = _configuration(arguments, args)
     refuse_unread(config)

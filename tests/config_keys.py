@@ -63,6 +63,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "data.vocab_size": (64, 1 << 18),
     "data.max_chars": (1, 10_000_000),
     "data.max_source_tokens": (0, 4096),
+    "data.prune_below": (1, 1_000_000),
     "data.train_rows": (100, 5_000_000),
     "teacher.steps": (1, 10_000_000),
     "teacher.batch_size": (1, 1 << 20),

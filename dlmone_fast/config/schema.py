@@ -50,6 +50,9 @@ class ModelConfig(Section):
     follows the source at once, as in DiffuSeq. masked and aligned sources need a number."""
     source_window: int = 1
     """An aligned source's symbols that a slot is given at once, its own in the middle; odd."""
+    start_from: str = ""
+    """Folder of a BERT-family encoder (config.json, model.safetensors, vocab.txt or tokenizer.json)
+    that the teacher starts from. Sizes and vocabulary follow it."""
     self_conditioning: bool = False
     """A teacher also reads its own last prediction of x_0, through a projection of its own."""
 
@@ -169,6 +172,9 @@ class DataConfig(Section):
     """Longest source in tokens with [CLS] and [SEP] at inference; 0: half of seq_len."""
     train_rows: int = 60_000
     """Rows of the generated grammar tasks' training split."""
+    prune_below: int = 8
+    """model.start_from: pieces of its vocabulary that the training split uses less often are left
+    out, single characters aside; 1: only those that it never uses."""
     both_directions: bool = False
     """Train on every row twice, the second time with source and target exchanged."""
 
@@ -186,6 +192,7 @@ class DataConfig(Section):
         one_of(self, ("wordpiece", "aligned"), "tokenizer")
         self._check_aligned()
         within(self, 64, 1 << 18, "vocab_size")
+        within(self, 1, 1_000_000, "prune_below")
         within(self, 1, 10_000_000, "max_chars")
         within(self, 0, 4096, "max_source_tokens")
         within(self, 100, 5_000_000, "train_rows")
@@ -379,6 +386,7 @@ class Config(Section):
             )
         self._check_task()
         self._check_calls()
+        self._check_start()
         self._check_ingredients()
         if self.distill.pairs.steps > last:
             raise ConfigError(
@@ -410,6 +418,18 @@ class Config(Section):
                 "distill.selection_max_self_bleu must be 1 with 'word_accuracy', got "
                 f"{self.distill.selection_max_self_bleu:g}: phonemes have no self-BLEU"
             )
+
+    def _check_start(self) -> None:
+        for name, wrong in (
+            (f"data.task = {self.data.task!r}", self.is_grammar),
+            (f"data.tokenizer = {self.data.tokenizer!r}", self.data.tokenizer == "aligned"),
+            (f"data.vocab_file = {self.data.vocab_file!r}", bool(self.data.vocab_file)),
+        ):
+            if self.model.start_from and wrong:
+                raise ConfigError(
+                    f"model.start_from = {self.model.start_from!r} brings its own vocabulary, and "
+                    f"{name} names another; leave one of them out"
+                )
 
     def _check_ingredients(self) -> None:
         share = self.teacher.self_conditioning_share

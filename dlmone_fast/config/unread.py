@@ -19,8 +19,9 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (
         ("data.vocab_size",),
-        lambda c: not (c.is_grammar or c.data.vocab_file),
-        "a vocabulary that is learnt: name data.task = 'custom' and no data.vocab_file",
+        lambda c: not (c.is_grammar or c.data.vocab_file or c.model.start_from),
+        "a vocabulary that is learnt: name data.task = 'custom', no data.vocab_file and no "
+        "model.start_from",
     ),
     (
         ("data.vocab_size", "data.strip_accents"),
@@ -28,12 +29,27 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "data.tokenizer = 'wordpiece': an aligned one learns its letters and labels",
     ),
     (
+        ("data.lowercase", "data.strip_accents"),
+        lambda c: not c.model.start_from,
+        "a vocabulary of the run's own: a start's is used as it was made",
+    ),
+    (
+        ("data.prune_below",),
+        lambda c: bool(c.model.start_from),
+        "model.start_from",
+    ),
+    (
         ("data.train_rows",),
         lambda c: c.is_grammar,
         "the generated grammars: shorten train.jsonl instead",
     ),
     (
-        ("teacher.log_snr_offset", "teacher.log_snr_scale", "teacher.log_snr_uniform_share"),
+        (
+            "teacher.log_snr_offset",
+            "teacher.log_snr_scale",
+            "teacher.log_snr_uniform_share",
+            "teacher.pure_noise_share",
+        ),
         lambda c: c.teacher.timestep_sampler == "log-snr",
         "teacher.timestep_sampler = 'log-snr'",
     ),

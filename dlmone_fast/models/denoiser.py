@@ -23,7 +23,9 @@ from dlmone_fast.samplers import steps
 SectionType = TypeVar("SectionType", ModelConfig, DiffusionConfig)
 
 # What folders of version 1 may lack: added since, and off where it is not named.
-_LATER_KEYS = frozenset({"source", "source_positions", "source_window", "self_conditioning"})
+_LATER_KEYS = frozenset(
+    {"source", "source_positions", "source_window", "start_from", "self_conditioning"}
+)
 
 
 class Denoiser(nn.Module):

@@ -10,8 +10,10 @@ from dlmone_fast.config import Config
 from dlmone_fast.data.check import check_splits
 from dlmone_fast.data.cuts import Cut, cuts_of, lengths_of_cache, lengths_of_file
 from dlmone_fast.data.rows import SPLITS, find_split
+from dlmone_fast.models.pretrained import read_pretrained
 from dlmone_fast.tasks import grammar
 from dlmone_fast.text_tokenizer import TextTokenizer
+from dlmone_fast.training.start import with_start
 from dlmone_fast.training.workspace import Workspace, make_tokenizer, with_vocabulary
 
 # Generated rows are all alike: as many show their lengths.
@@ -55,7 +57,10 @@ def planned_cuts(
 def _planned(
     config: Config, data_dir: Path, tokenizer: TextTokenizer | None
 ) -> tuple[Config, list[str]]:
-    tokenizer = tokenizer or make_tokenizer(config, data_dir)
+    if tokenizer is None:
+        start = read_pretrained(config.model.start_from) if config.model.start_from else None
+        config = config if start is None else with_start(config, start)
+        tokenizer = make_tokenizer(config, data_dir, start)
     tokenizer.max_chars = config.data.max_chars
     config = with_vocabulary(config, tokenizer)
     lines = []

@@ -101,7 +101,7 @@ def _differences(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str], path: str = ""
 ) -> Iterator[str]:
     for key, value in now.items():
-        if not path and key in free:
+        if f"{path}{key}" in free:
             continue
         if isinstance(value, dict):
             yield from _differences(before[key], value, free, f"{path}{key}.")

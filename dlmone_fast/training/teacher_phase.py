@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,10 +32,13 @@ from dlmone_fast.losses.teacher import teacher_loss
 from dlmone_fast.models.checkpoint import MAX_STEP, STATE_NAME, Checkpoint, is_count
 from dlmone_fast.models.denoiser import Denoiser
 from dlmone_fast.models.optimizer_state import flatten_optimizer, restore_optimizer
+from dlmone_fast.models.pretrained import read_pretrained
 from dlmone_fast.networks import DiffusionLM
+from dlmone_fast.tokenizer import Tokenizer
 from dlmone_fast.training.loop import State, phase_seed, reseed_dropout
 from dlmone_fast.training.optim import Ema, UpdateGuard, adamw, learning_rate, set_learning_rate
 from dlmone_fast.training.progress import Progress
+from dlmone_fast.training.start import start_from
 from dlmone_fast.training.validation import Validator, validation_loss
 from dlmone_fast.training.workspace import Workspace
 
@@ -201,7 +205,11 @@ def new_network(workspace: Workspace) -> DiffusionLM:
     """A network initialised from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(workspace.config.seed % (1 << 63))
-        lm = DiffusionLM(workspace.config.model)
+        # A folder of this machine has no place in the model's own.
+        lm = DiffusionLM(replace(workspace.config.model, start_from=""))
+    if workspace.config.model.start_from:
+        assert isinstance(workspace.tokenizer, Tokenizer)
+        start_from(lm, read_pretrained(workspace.config.model.start_from), workspace.tokenizer)
     return lm.to(workspace.device)
 
 

@@ -37,6 +37,7 @@ from dlmone_fast.errors import (
 from dlmone_fast.models.checkpoint import find_latest, load_checkpoint
 from dlmone_fast.models.folder import load_folder
 from dlmone_fast.models.manifest import MANIFEST_NAME, hash_file
+from dlmone_fast.models.pretrained import Pretrained, prune_vocabulary, read_pretrained
 from dlmone_fast.packaged import DATA
 from dlmone_fast.runtime.engines.compiled import why_not_compile
 from dlmone_fast.tasks import grammar
@@ -66,6 +67,7 @@ from dlmone_fast.training.run_files import (
     write_files,
 )
 from dlmone_fast.training.signals import TimeLimit
+from dlmone_fast.training.start import with_start
 from dlmone_fast.training.window import timestep_window
 
 # What may differ between two starts of one run: none of it changes the plan. Another device,
@@ -82,9 +84,13 @@ _FREE_KEYS = (
     "rank_minutes",
     "evaluation",
     "preset",
+    # By its content, which the teacher's inputs and the vocabulary name.
+    "model.start_from",
 )
 # What of `data` a run's tokenizer depends on, as far as the configuration has it.
-_TOKENIZER_KEYS = ("tokenizer", "vocab_file", "vocab_size", "lowercase", "strip_accents")
+_TOKENIZER_KEYS = (
+    "tokenizer", "vocab_file", "vocab_size", "lowercase", "strip_accents", "prune_below",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class Workspace:
     def inputs(self, **folders: Path) -> dict[str, str]:
         """Hashes of the data, and of the model folders that a phase starts from."""
         data = {split: self.cache(split).folder.name for split in ("train", "valid")}
+        if not folders and self.config.model.start_from:
+            data["start"] = read_pretrained(self.config.model.start_from).sha256
         return data | {name: hash_file(folder / MANIFEST_NAME) for name, folder in folders.items()}
 
     def checkpoints(self, phase: str) -> Path:
@@ -244,6 +252,9 @@ def _opened(
     keep: Sequence[StrPath],
     writes: bool,
 ) -> tuple[Config, Path, TextTokenizer]:
+    start = _start(config, given=tokenizer is not None)
+    if start is not None:
+        config = with_start(config, start)
     root = run_folder(config)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -259,8 +270,10 @@ def _opened(
     made_from: dict[str, dict[str, Any]] = {}
     if tokenizer is None:
         made_from[TOKENIZER_NAME] = tokenizer_source(config, data_dir)
+        if start is not None:
+            made_from[TOKENIZER_NAME]["start"] = start.sha256
         saved = None if fresh else _saved_tokenizer(root, before, made_from[TOKENIZER_NAME])
-        tokenizer = saved or make_tokenizer(config, data_dir)
+        tokenizer = saved or make_tokenizer(config, data_dir, start)
         contents[TOKENIZER_NAME] = None if saved else tokenizer.to_json().encode()
     tokenizer.max_chars = config.data.max_chars
     config = with_vocabulary(config, tokenizer)
@@ -381,8 +394,19 @@ def _saved_tokenizer(
     return None
 
 
-def make_tokenizer(config: Config, data_dir: Path) -> TextTokenizer:
+def _start(config: Config, given: bool) -> Pretrained | None:
+    """The encoder that a run's own teacher starts from; none where a teacher is given."""
+    if given or not config.model.start_from:
+        return None
+    return read_pretrained(config.model.start_from)
+
+
+def make_tokenizer(
+    config: Config, data_dir: Path, start: Pretrained | None = None
+) -> TextTokenizer:
     """The tokenizer that a configuration asks for, made anew; nothing is written.
+
+    With a pretrained start it is that one's, pruned to what the training split uses.
 
     Raises:
         DataError, ModelFileError: the vocabulary or the rows to learn it on cannot be read.
@@ -392,6 +416,9 @@ def make_tokenizer(config: Config, data_dir: Path) -> TextTokenizer:
     tokenizer: TextTokenizer
     if config.is_grammar:
         tokenizer = Tokenizer.from_words(grammar.vocabulary(data.task))
+    elif start is not None:
+        texts = _texts(find_split(data_dir, "train"))
+        tokenizer = prune_vocabulary(start.tokenizer, texts, data.prune_below)
     elif data.tokenizer == "aligned":
         pairs = ((row.src, row.trg) for row in read_rows(find_split(data_dir, "train")))
         tokenizer = AlignedTokenizer.learn(pairs, output_case="upper")

@@ -99,6 +99,7 @@ def test_the_config_holds_the_sizes_of_the_tensors(tmp_path: Path) -> None:
         "source": "joined",
         "source_positions": 0,
         "source_window": 1,
+        "start_from": "",
         "self_conditioning": False,
     }
     assert config["diffusion"] == {
