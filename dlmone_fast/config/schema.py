@@ -488,5 +488,5 @@ class Config(Section):
     @property
     def max_source_tokens(self) -> int:
         """Longest source in tokens, [CLS] and [SEP] included, that inference accepts."""
-        positions = self.model.seq_len, self.model.source_positions
+        positions = self.model.seq_len, self.model.source_positions, self.model.source
         return self.data.max_source_tokens or default_source_limit(*positions)

@@ -58,6 +58,11 @@ def test_a_run_ends_with_a_student_whose_texts_do_not_depend_on_their_batch(
     assert together == [model.generate(prompt, seed=3) for prompt in prompts]
 
 
+def test_a_source_may_fill_all_of_its_positions(tmp_path: Path) -> None:
+    assert aligned(tmp_path).max_source_tokens == 10 + 2
+    assert masked(tmp_path).max_source_tokens == 14
+
+
 def dlmone_fast_rows(folder: Path) -> Any:
     from dlmone_fast.data.rows import load_rows
 
