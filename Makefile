@@ -23,7 +23,7 @@ demo: $(READY)  ## train, distil and evaluate on the grammar task, about 10 minu
 demo-seeds: $(READY)  ## the demo for the seeds 1, 2 and 3, held against what it promises
 	$(PY) -m benchmarks.demo_seeds
 
-test: $(READY)  ## run the tests, 8 minutes on 2 cores
+test: $(READY)  ## run the tests, 10 minutes on 2 cores
 	$(PY) -m pytest tests -q -n logical --maxprocesses 4 --dist loadfile
 
 # Where atheris cannot be installed, files are fuzzed without coverage, and the table says so.
