@@ -134,6 +134,8 @@ class PairsConfig(Section):
     """Network calls for each pair."""
     temperature: float = 1.0
     """Factor of the sampler's noise: a small teacher's likelier texts are its better ones."""
+    rounded: bool = False
+    """Round the teacher's prediction to tokens at every call, which keeps its likeliest ones."""
     batch_size: int = 256
     """Pairs of one update."""
     save_every: int = 50

@@ -180,7 +180,7 @@ def _g2p() -> Config:
             validation_rows=5000,
             pairs=PairsConfig(
                 count=400_000, per_source=4, sampler="q-sampling", steps=16, temperature=0.5,
-                batch_size=1024,
+                rounded=True, batch_size=1024,
             ),
             stage1=replace(stage, anchor_steps=6000),
             stage2=replace(stage, steps=500, sid_weight=0.9, generator_adversarial_weight=0.1),

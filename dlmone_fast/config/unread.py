@@ -10,6 +10,8 @@ from dlmone_fast.config.schema import Config
 from dlmone_fast.config.section import shown
 from dlmone_fast.errors import ConfigError
 
+# Keys of distill.pairs that say how the teacher makes them.
+_OF_TEACHER = ("sampler", "steps", "temperature", "rounded")
 # Keys, whether they are read, and what would read them.
 _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (
@@ -61,13 +63,13 @@ _READ: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (
         tuple(
             f"distill.pairs.{name}"
-            for name in ("targets", "per_source", "sampler", "steps", "temperature", "batch_size")
+            for name in ("targets", "per_source", "batch_size", *_OF_TEACHER)
         ),
         lambda c: c.distill.pairs.count > 0,
         "distill.pairs.count above 0",
     ),
     (
-        ("distill.pairs.sampler", "distill.pairs.steps", "distill.pairs.temperature"),
+        tuple(f"distill.pairs.{name}" for name in _OF_TEACHER),
         lambda c: c.distill.pairs.targets == "teacher",
         "distill.pairs.targets = 'teacher'",
     ),

@@ -89,7 +89,9 @@ class PairsPhase:
         self.validate_every = self.steps
         if workspace.config.compile:
             teacher.lm.backbone.compile()
-        self.options = SamplerOptions(c.sampler, c.steps, temperature=c.temperature)
+        self.options = SamplerOptions(
+            c.sampler, c.steps, clamp=c.rounded, temperature=c.temperature
+        )
         self.cache = workspace.cache("train")
         self.vocabulary = Vocabulary(teacher.embedding.detach())
         seed, sizes = pairs_seed(workspace.config), teacher.config
@@ -196,6 +198,10 @@ def chosen_pairs(
     return rows.astype(np.int32), samples.astype(np.int32)
 
 
+# Settings that pairs of earlier versions do not name, as they were then.
+_LATER_SETTINGS = {"targets": "teacher", "rounded": False}
+
+
 def _settings(config: Config) -> dict[str, Any]:
     c = config.distill.pairs
     return {
@@ -208,6 +214,8 @@ def _settings(config: Config) -> dict[str, Any]:
 def _checked(checkpoint: Checkpoint, workspace: Workspace) -> Pairs:
     config = workspace.config
     expected, found = _settings(config), checkpoint.state.get("made_with")
+    if isinstance(found, dict):
+        found = {**_LATER_SETTINGS, **found}
     if found != expected:
         raise CheckpointError(
             f"{checkpoint.path}: its pairs were made with {found!r:.400}, this run has {expected}; "

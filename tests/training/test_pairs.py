@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from resealing import edit_tensors
+from resealing import edit_json, edit_tensors
 
 from dlmone_fast.config import Config, to_toml
 from dlmone_fast.data.batches import batch
@@ -290,3 +290,32 @@ def test_every_noise_of_the_most_calls_that_a_configuration_allows_exists(
     pairs = Pairs(0, torch.zeros_like(last), last, torch.zeros(1, 2, dtype=torch.uint16))
     # The first call starts from noise as well: the last one is call 255.
     assert pairs.latents(slice(0, 1), 4, torch.device("cpu"), call=255).shape == (1, 2, 4)
+
+
+def test_rounding_the_teachers_predictions_changes_the_pairs(
+    tiny: Make, finished: RunResult, tmp_path: Path
+) -> None:
+    teacher = finished.root / "teacher"
+    ends = []
+    for rounded in (False, True):
+        pairs = {**PAIRS, "sampler": "q-sampling", "rounded": rounded}
+        config = tiny(tmp_path / str(rounded), distill={"pairs": pairs})
+        ends.append(made(run(config, "pairs", teacher=teacher).workspace).ids)
+    assert not torch.equal(*ends)
+
+
+def test_pairs_of_before_the_later_settings_are_read(
+    whole: Workspace, finished: RunResult, tmp_path: Path
+) -> None:
+    copied = replace(whole, root=tmp_path / "copy")
+    path = whole.newest("pairs")
+    assert path is not None
+    folder = shutil.copytree(path, copied.checkpoints("pairs") / path.name)
+    later = ("targets", "rounded")
+
+    def forget(head: dict[str, Any]) -> None:
+        for key in later:
+            del head["state"]["made_with"][key]
+
+    edit_json(folder / "state.json", forget)
+    assert torch.equal(made(copied).ids, made(whole).ids)
