@@ -35,7 +35,6 @@ def with_start(config: Config, start: Pretrained) -> Config:
             narrower than the embedding; or the source is aligned.
     """
     model = config.model
-    where = f"model.start_from = {model.start_from!r}"
     for wrong, reason in (
         (model.source == "aligned", "its trunk reads sequences: set model.source to masked"),
         (model.longest_part > start.positions, f"it has {start.positions} positions"),
@@ -43,7 +42,10 @@ def with_start(config: Config, start: Pretrained) -> Config:
         (start.norm_eps != LAYER_NORM_EPS, f"its LayerNorm adds {start.norm_eps:g}, not 1e-12"),
     ):
         if wrong:
-            raise ConfigError(f"{where} cannot start this model: {reason}, or use another folder")
+            raise ConfigError(
+                f"model.start_from: {model.start_from!r} cannot start this model: {reason}; set "
+                "model to what it has, or use another folder"
+            )
     sizes = replace(
         model,
         hidden_size=start.width,

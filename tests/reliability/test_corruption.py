@@ -233,7 +233,7 @@ def test_sealed_settings_that_lack_a_key_are_named_errors(run_root: Path, figure
     folder, lacking = run_root / "stage2", 0
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     config = load_folder(folder).config
-    later = {"source", "source_positions", "source_window", "self_conditioning"}
+    later = {"source", "source_positions", "source_window", "start_from", "self_conditioning"}
     cases = [(s, key) for s in ("model", "diffusion") for key in config[s] if key not in later]
     for section, key in [*cases, ("", "kind"), ("", "model"), ("", "diffusion"), ("", "format")]:
         edit_json(
